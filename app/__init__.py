@@ -1,0 +1,1 @@
+"""blockjobd: merge the disk layers of running QEMU virtual machines over HTTP."""

@@ -1,0 +1,1 @@
+"""The rules of jobs and chains: pure, standard library only."""

@@ -1,0 +1,81 @@
+"""What QEMU says now and what the journal says: the events that bring them together.
+
+Used after each hint, each reconnect and each start. QEMU is believed; events that were missed don't matter.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterable, Mapping
+
+from app.core.job import Absent, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State
+
+JOB_PREFIX = "bj-"
+"""How the ids of all our jobs begin, here and in QEMU."""
+
+
+def same_process(one: Process | None, other: Process | None) -> bool:
+    """Whether both are the same QEMU, as far as can be told; what is not known on one side does not count."""
+    if one is None or other is None:
+        return True
+    pairs = ((one.pid, other.pid), (one.started, other.started), (one.uuid, other.uuid))
+    return all(a is None or b is None or a == b for a, b in pairs)
+
+
+def reconcile(jobs: Iterable[Job], seen: Mapping[str, Observed], process: Process | None) -> list[tuple[Job, Event]]:
+    """For each unfinished job what has happened to it, given what the QEMU `process` lists now."""
+    found: list[tuple[Job, Event]] = []
+    for job in jobs:
+        if job.state is State.QUEUED or job.ended:
+            continue
+        if not same_process(job.process, process):
+            found.append((job, Gone()))
+        elif job.id in seen:
+            found.append((job, seen[job.id]))
+        else:
+            found.append((job, Absent()))
+    return found
+
+
+def leftovers(seen: Mapping[str, Observed], jobs: Mapping[str, Job]) -> list[str]:
+    """Ids of concluded jobs in QEMU that are ours and have their outcome in the journal: to be dismissed.
+
+    `jobs` are the journal's records of those ids. Others' jobs, and those the journal does not know, are left alone.
+    """
+    return [id_ for id_, state in seen.items() if state.status == "concluded" and id_ in jobs and jobs[id_].ended]
+
+
+def prove(job: Job, chain: tuple[str, ...], *, nodes: bool) -> Proof:
+    """What the disk's chain, read again from QEMU, says of the job.
+
+    `chain` are node-names if `nodes`, else files, active layer first. Other layers may have come on top meanwhile (a
+    snapshot right after the merge), so only the job's own layers count: merged, if those above the base are gone and
+    the base is there; unchanged, if all are there in their order.
+    """
+    work = job.work
+    before = work.nodes if nodes else work.chain
+    merged, base = before[work.top : work.base], before[work.base]
+    if base not in chain:
+        return Proof.UNKNOWN
+    if not set(merged) & set(chain):
+        return Proof.MERGED
+    start = chain.index(merged[0]) if merged[0] in chain else 0
+    unchanged = chain[start : start + len(merged) + 1] == (*merged, base)
+    return Proof.UNCHANGED if unchanged else Proof.UNKNOWN
+
+
+def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
+    """What the images say of a job whose QEMU has ended.
+
+    `overlay_backing` is the path to which the header of the layer above `top` leads, or None where it can't be read.
+    A pivot writes no header: after one was asked for, the images alone prove nothing.
+    """
+    if job.type is JobType.ACTIVE_COMMIT:
+        asked = job.intent in (Intent.PIVOT, Intent.KEEP)
+        return Proof.UNKNOWN if asked else Proof.UNCHANGED
+    if overlay_backing is None:
+        return Proof.UNKNOWN
+    below = os.path.normpath(overlay_backing)
+    if below == os.path.normpath(job.base):
+        return Proof.MERGED
+    return Proof.UNCHANGED if below == os.path.normpath(job.top) else Proof.UNKNOWN

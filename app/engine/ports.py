@@ -1,0 +1,359 @@
+"""What the engine needs from the world, in the engine's words. `app.wiring` plugs the real things in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from app.core.chain import Disk, Identity
+from app.core.errors import Problem
+from app.core.job import Job, NotDeleted, Observed, Process, State, Told
+from app.core.plan import Selection
+
+
+class MonitorError(Exception):
+    """The monitor could not do what was asked."""
+
+
+class Unreachable(MonitorError):
+    """Nobody answers at the monitor's address, or the connection broke: whether a command took effect is unknown."""
+
+
+class Busy(MonitorError):
+    """Connected, but no greeting came: another client holds the monitor."""
+
+
+class Unanswered(MonitorError):
+    """No reply in time: whether the command took effect is unknown."""
+
+
+class Declined(MonitorError):
+    """QEMU refused; nothing has changed. `problem` has its words."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a monitor listens: the path of a unix socket, or host and port."""
+
+    unix: str | None = None
+    tcp: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """A domain as it was registered (or found: then `discovered`). `disks` maps target names to image paths."""
+
+    id: str
+    address: Address | None = None
+    disks: Mapping[str, str] = field(default_factory=dict[str, str])
+    allow_managed: bool = False
+    discovered: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuFacts:
+    """Who answers at a monitor. `managed_by` is `libvirt` or None; `missing` are commands that a commit needs and
+    this program does not have, so it is not (only) a QEMU system emulator.
+    """
+
+    name: str | None
+    uuid: str | None
+    version: str
+    process: Process
+    managed_by: str | None
+    missing: tuple[str, ...] = ()
+
+
+class Monitor(Protocol):
+    """A live connection to one QEMU.
+
+    Every call is time-boxed by the connection itself and raises `Unanswered`, `Unreachable` or `Declined`.
+    """
+
+    facts: QemuFacts
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands. It may be false long before a call finds out."""
+        ...
+
+    async def guest_running(self) -> bool:
+        """Whether the guest's processors run (QAPI `query-status`); also the heartbeat."""
+        ...
+
+    async def disks(self) -> tuple[Disk, ...]:
+        """The domain's disks and their chains, as they are now."""
+        ...
+
+    async def jobs(self) -> Mapping[str, Observed]:
+        """Every job that QEMU has, anybody's, by id."""
+        ...
+
+    async def start(self, job: Job) -> None:
+        """Start the block job (QAPI `block-commit`)."""
+        ...
+
+    async def complete(self, job_id: str) -> None:
+        """Ask a ready job to pivot (QAPI `job-complete`)."""
+        ...
+
+    async def cancel(self, job_id: str, *, force: bool) -> None:
+        """Cancel (QAPI `block-job-cancel`, or `job-cancel`, which is always by force)."""
+        ...
+
+    async def pause(self, job_id: str) -> None:
+        """Pause at the next possible point; being paused already is no error."""
+        ...
+
+    async def resume(self, job_id: str) -> None:
+        """Go on; not being paused is no error."""
+        ...
+
+    async def set_speed(self, job_id: str, bandwidth: int) -> None:
+        """Change the speed, in bytes/s; 0 is no limit."""
+        ...
+
+    async def release(self, nodes: Sequence[str]) -> None:
+        """Delete the nodes that are left of merged layers, in this order; those gone already are no error."""
+        ...
+
+    async def dismiss(self, job_id: str) -> None:
+        """Let QEMU forget a concluded job; one that it does not know is no error."""
+        ...
+
+    async def close(self) -> None:
+        """End the connection; never raises."""
+        ...
+
+
+class Connector(Protocol):
+    """Opens monitors."""
+
+    async def connect(self, address: Address, hint: Callable[[], None]) -> Monitor:
+        """A connection to the monitor at `address`; raises `Unreachable` or `Busy`.
+
+        `hint` is called, from the event loop, when something may have changed: a job or device event of QEMU, or the
+        end of the connection. What changed is for the caller to ask.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """From the images' own maps, in bytes: what a commit copies, and how much of it is new to the base."""
+
+    bytes_to_copy: int
+    new_bytes: int
+
+
+class Images(Protocol):
+    """Image files, seen from the service. Blocking work is done off the event loop.
+
+    `process` is the QEMU whose view of the file system the paths are in; None: the service's own.
+    """
+
+    async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
+        """The identities of those of the `names` that are paths of files that can be seen."""
+        ...
+
+    async def free_bytes(self, path: str, process: Process | None) -> int | None:
+        """Free bytes of the file system that holds `path`; None where it can't be seen."""
+        ...
+
+    async def is_device(self, path: str, process: Process | None) -> bool:
+        """Whether `path` is a block device, which does not grow."""
+        ...
+
+    async def locked(self, path: str, process: Process | None) -> bool:
+        """Whether a process other than `process` holds an image lock on `path`."""
+        ...
+
+    async def measure(self, chosen: Selection, process: Process | None) -> Measure | None:
+        """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
+        ...
+
+    async def undeletable(self, paths: Iterable[str], process: Process | None) -> Mapping[str, str]:
+        """Those of the `paths` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
+        ...
+
+    async def unlink(
+        self, paths: Sequence[str], process: Process | None, in_use: Callable[[str, Identity | None], str | None]
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
+        """Unlink files: (deleted, not deleted). One that is gone already counts as deleted.
+
+        `in_use` names who still uses a file, or returns None; it is asked right before each unlink.
+        """
+        ...
+
+    async def backing_path(self, overlay: str) -> str | None:
+        """The path to which the header of the image `overlay` leads; None where it can't be read or has none."""
+        ...
+
+    async def offline_disk(self, name: str, image: str) -> Disk:
+        """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvent:
+    """An event as the journal holds it.
+
+    `subject` and `source` are as in a CloudEvent; `data` is the JSON text of the event's data. `job_id` and `domain`
+    are what streams are filtered by. A `job.progress` event has no id and is never stored.
+    """
+
+    id: int | None
+    type: str
+    time: int
+    domain: str
+    disk: str | None
+    job_id: str | None
+    data: str
+
+
+class DomainEvent(StrEnum):
+    """What subscribers are told of a domain."""
+
+    ADDED = "domain.added"
+    REMOVED = "domain.removed"
+    CONNECTED = "domain.connected"
+    DISCONNECTED = "domain.disconnected"
+
+
+class Role(StrEnum):
+    """What a token may do; each role includes those before it."""
+
+    READ = "read"
+    OPERATE = "operate"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """An API token, without its text, which is not kept. `created_at` in ms since 1970."""
+
+    name: str
+    role: Role
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs to list. None: any. `before` is a cursor from an earlier page."""
+
+    domain: str | None = None
+    disk: str | None = None
+    state: State | None = None
+    active: bool | None = None
+    before: int | None = None
+    limit: int = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventFilter:
+    """Which events a stream wants. None or empty: any."""
+
+    domain: str | None = None
+    job_id: str | None = None
+    types: frozenset[str] = frozenset()
+
+    def wants(self, event: StoredEvent) -> bool:
+        """Whether `event` belongs into the stream."""
+        return (
+            (self.domain is None or event.domain == self.domain)
+            and (self.job_id is None or event.job_id == self.job_id)
+            and (not self.types or event.type in self.types)
+        )
+
+
+class JournalFull(Exception):  # noqa: N818 - the state, as its problem code names it
+    """The journal can't be written (its file system is full, or it failed); nothing was stored."""
+
+
+class JobConflict(Exception):  # noqa: N818 - as above
+    """The disk has an unfinished job already; nothing was stored. `job_id` names it."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the disk has the unfinished job {job_id}")
+        self.job_id = job_id
+
+
+class Journal(Protocol):
+    """What is kept over restarts. Each write is one transaction, and durable when the call returns.
+
+    Writes raise `JournalFull`.
+    """
+
+    async def add_job(self, told: Told) -> tuple[StoredEvent, ...]:
+        """Store a new job and its first event; raises `JobConflict` where the disk has an unfinished one."""
+        ...
+
+    async def store(self, told: Sequence[Told]) -> tuple[StoredEvent, ...]:
+        """Store versions of one job, in order, each with its event if it has one; the events, with their ids."""
+        ...
+
+    async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> StoredEvent:
+        """Store an event of a domain; `data` is the JSON text of its data."""
+        ...
+
+    async def job(self, job_id: str) -> Job | None:
+        """The last stored version of a job."""
+        ...
+
+    async def unfinished(self) -> Sequence[Job]:
+        """Every job that has not ended, oldest first."""
+        ...
+
+    async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
+        """Jobs, newest first, and the cursor of the next page (None: there is none)."""
+        ...
+
+    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
+        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`)."""
+        ...
+
+    async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
+        """Stored events with an id above `after`, oldest first."""
+        ...
+
+    async def event_bounds(self) -> tuple[int, int]:
+        """(id of the last event that was pruned, id of the last event); 0 where there is none."""
+        ...
+
+    async def registrations(self) -> Sequence[Registration]:
+        """The domains that were registered with PUT."""
+        ...
+
+    async def register(self, registration: Registration) -> None:
+        """Keep a registration, in place of an earlier one of the same id."""
+        ...
+
+    async def unregister(self, domain: str) -> None:
+        """Forget a registration."""
+        ...
+
+    async def prune(self, before: int) -> None:
+        """Delete ended jobs and events from before that time (ms since 1970)."""
+        ...
+
+    async def check(self) -> str | None:
+        """None if the journal can be written, else why not."""
+        ...
+
+
+class Clock(Protocol):
+    """The time."""
+
+    def now(self) -> int:
+        """Milliseconds since 1970, UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds, for durations."""
+        ...

@@ -1,0 +1,57 @@
+"""Domains and disks as the outside sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from app.core.chain import Disk
+from app.core.errors import Problem
+from app.core.job import Job
+
+
+class DomainState(StrEnum):
+    """Whether and how a domain can be reached."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTOFF = "shutoff"
+    UNREACHABLE = "unreachable"
+    BUSY = "busy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainView:
+    """A domain, with what is known of its QEMU; `disks` are target names."""
+
+    id: str
+    name: str
+    uuid: str | None
+    state: DomainState
+    version: str | None
+    pid: int | None
+    managed_by: str | None
+    error: Problem | None
+    disks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskView:
+    """A disk, with whether each layer's own contents can be relied on, and the unfinished job on it."""
+
+    disk: Disk
+    valid: tuple[bool, ...]
+    job: str | None
+
+
+class Render(Protocol):
+    """How a job or a domain is written as the data of an event: the JSON text that the API answers with."""
+
+    def job(self, job: Job) -> str:
+        """The JSON of a job."""
+        ...
+
+    def domain(self, view: DomainView) -> str:
+        """The JSON of a domain."""
+        ...

@@ -1,0 +1,1 @@
+"""QEMU over QMP, its block graph, and image files."""
