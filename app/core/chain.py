@@ -23,8 +23,9 @@ class Layer:
     """One image of a backing chain.
 
     Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None.
-    `identity` is None where the service can't see the file; `folder` is the file's folder with symlinks resolved. `filters` are the filter nodes right above this layer,
-    topmost first, and `below` the nodes that carry its file (protocol node last), both as QEMU names them.
+    `identity` is None where the service can't see the file; `folder` is the file's folder with symlinks resolved.
+    `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
+    (protocol node last), both as QEMU names them.
     """
 
     file: str

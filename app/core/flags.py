@@ -31,13 +31,16 @@ class CommitFlag(IntFlag):
 NAMES = {flag.name.lower(): flag for flag in CommitFlag if flag.name}
 
 
+ALL_FLAGS = CommitFlag(31)
+
+
 def flag_names(flags: CommitFlag) -> list[str]:
     """The names of the flags that are set, in the order of their bits."""
     return [name for name, flag in NAMES.items() if flag in flags]
 
 
 def parse_flags(
-    value: int | Sequence[str], *, allowed: CommitFlag = CommitFlag(31), pointer: str = "/flags"
+    value: int | Sequence[str], *, allowed: CommitFlag = ALL_FLAGS, pointer: str = "/flags"
 ) -> CommitFlag | Problem:
     """Flags from their names or from their bitmask; a `Problem` for one that is unknown or not in `allowed`."""
     expected = ", ".join(f"{name} ({flag.value})" for name, flag in NAMES.items() if flag in allowed)

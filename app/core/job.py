@@ -1,7 +1,7 @@
-"""A block job as a value, and the one table of how it moves.
+r"""A block job as a value, and the one table of how it moves.
 
     queued -> starting -> running <-> paused
-                             |  \\
+                             |  \
                              |   ready -> pivoting
                              |     |         |
                              +-- aborting ---+--> concluding -> completed | failed | canceled | lost

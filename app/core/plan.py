@@ -174,7 +174,7 @@ def _check_ending(chosen: Selection) -> Problem | None:
     if CommitFlag.DELETE in request.flags and request.on_ready is OnReady.KEEP:
         return Problem(
             code=Code.DELETE_WITH_KEEP,
-            detail="`on_ready: keep` leaves the overlay in use, so its images can't be deleted; leave out one of the two",
+            detail="`on_ready: keep` leaves the overlay in use, so no image can be deleted; leave out one of the two",
         )
     if chosen.active and request.backing_file is not None:
         return invalid("/backing_file", "the merge of the active layer writes no header; leave the field out")

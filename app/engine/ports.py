@@ -58,8 +58,10 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuFacts:
-    """Who answers at a monitor. `managed_by` is `libvirt` or None; `missing` are commands that a commit needs and
-    this program does not have, so it is not (only) a QEMU system emulator.
+    """Who answers at a monitor.
+
+    `managed_by` is `libvirt` or None; `missing` are commands that a commit needs and this program does not have, so it
+    is no QEMU system emulator.
     """
 
     name: str | None
@@ -272,11 +274,11 @@ class EventFilter:
         )
 
 
-class JournalFull(Exception):  # noqa: N818 - the state, as its problem code names it
+class JournalFull(Exception):
     """The journal can't be written (its file system is full, or it failed); nothing was stored."""
 
 
-class JobConflict(Exception):  # noqa: N818 - as above
+class JobConflict(Exception):
     """The disk has an unfinished job already; nothing was stored. `job_id` names it."""
 
     def __init__(self, job_id: str) -> None:
