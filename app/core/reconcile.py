@@ -8,7 +8,8 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterable, Mapping
 
-from app.core.job import Absent, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State
+from app.core.chain import Disk, Layer
+from app.core.job import Absent, DataState, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State
 
 JOB_PREFIX = "bj-"
 """How the ids of all our jobs begin, here and in QEMU."""
@@ -79,3 +80,38 @@ def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
     if below == os.path.normpath(job.base):
         return Proof.MERGED
     return Proof.UNCHANGED if below == os.path.normpath(job.top) else Proof.UNKNOWN
+
+
+def valid_layers(disk: Disk, jobs: Iterable[Job]) -> tuple[bool, ...]:
+    """For each layer of the disk, whether its own contents are what they were when it became a backing image.
+
+    `jobs` are those that have modified a base and have not merged: unfinished, failed, canceled, or ended by `keep`.
+    Images between such a job's base and its top show a mixture from then on (virDomainBlockCommit says so of `top`
+    too). The active layer is always right: all that was copied down is in it as well.
+    """
+    valid = [True] * len(disk.layers)
+    files = disk.files
+    for job in jobs:
+        if job.data_state is DataState.UNTOUCHED or job.base not in files:
+            continue
+        merged = job.work.chain[job.work.top : job.work.base]
+        for position, file in enumerate(files[: files.index(job.base)]):
+            if position > 0 and file in merged:
+                valid[position] = False
+    return tuple(valid)
+
+
+def uses_base(other: Disk, disk: Disk, base: Layer) -> bool:
+    """Whether a merge into `base`, a layer of `disk`, changes what `other` reads.
+
+    A disk with the same active layer is the same disk, seen through another registration or before a restart.
+    """
+    if not other.layers or not any(_same_image(layer, base) for layer in other.layers):
+        return False
+    return not _same_image(other.layers[0], disk.layers[0])
+
+
+def _same_image(one: Layer, other: Layer) -> bool:
+    if one.identity is not None and other.identity is not None:
+        return one.identity == other.identity
+    return one.file == other.file

@@ -145,6 +145,10 @@ class Connector(Protocol):
         """
         ...
 
+    def alive(self, process: Process) -> bool | None:
+        """Whether that very process still runs; None where it can't be seen from here."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
@@ -292,15 +296,23 @@ class Journal(Protocol):
     Writes raise `JournalFull`.
     """
 
-    async def add_job(self, told: Told) -> tuple[StoredEvent, ...]:
-        """Store a new job and its first event; raises `JobConflict` where the disk has an unfinished one."""
+    def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:
+        """Have `publish` called on the event loop with the events of each transaction, in the order of their ids.
+
+        That order can't be had from the writes' return values: tasks that wait for them may be resumed, or canceled,
+        in any order.
+        """
         ...
 
-    async def store(self, told: Sequence[Told]) -> tuple[StoredEvent, ...]:
-        """Store versions of one job, in order, each with its event if it has one; the events, with their ids."""
+    async def add_job(self, told: Sequence[Told]) -> None:
+        """Store a new job, version by version; raises `JobConflict` where the disk has an unfinished one."""
         ...
 
-    async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> StoredEvent:
+    async def store(self, told: Sequence[Told]) -> None:
+        """Store versions of one job, in order, each with its event if it has one."""
+        ...
+
+    async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
         """Store an event of a domain; `data` is the JSON text of its data."""
         ...
 

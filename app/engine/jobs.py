@@ -1,0 +1,291 @@
+"""A domain's unfinished jobs: every change of one is stepped, stored, and acted upon, in this order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from app.core.errors import Code, Problem
+from app.core.job import (
+    WITH_QEMU,
+    Accepted,
+    Checked,
+    Command,
+    CompleteDeclined,
+    CompleteTaken,
+    Event,
+    Gone,
+    Intent,
+    Job,
+    Launch,
+    Observed,
+    Proof,
+    Rejected,
+    Result,
+    Settled,
+    State,
+    Step,
+    Verdict,
+    start_job,
+    step,
+)
+from app.core.progress import Meter
+from app.core.reconcile import leftovers, prove, prove_by_header, reconcile
+from app.engine.disks import Disks, disk_of
+from app.engine.host import Host
+from app.engine.link import Link
+from app.engine.ports import Declined, JournalFull, Monitor, MonitorError
+
+log = structlog.get_logger(__name__)
+
+
+class Jobs:
+    """The unfinished jobs of one domain. Only the domain's actor calls it.
+
+    `trouble` is what a monitor's call has met in the middle of a job's move; the actor deals with it afterwards, as
+    that may move jobs in turn. `look_soon` says that QEMU is to be asked again without waiting for the next poll.
+    """
+
+    def __init__(self, host: Host, link: Link, disks: Disks, jobs: tuple[Job, ...], wake: Callable[[], None]) -> None:
+        self.trouble: MonitorError | None = None
+        self.look_soon = False
+        self._host = host
+        self._link = link
+        self._disks = disks
+        self._wake = wake
+        self._jobs = {job.id: job for job in jobs}
+        self._planned_now: set[str] = set()
+        self._meters: dict[str, Meter] = {}
+        self._paused_since: dict[str, float] = {}
+        self._carry: Final[dict[Command, Callable[[Monitor, Job], Awaitable[Event | None]]]] = {
+            Command.START: self._start,
+            Command.COMPLETE: self._complete,
+            Command.CANCEL: self._cancel,
+            Command.CANCEL_FORCE: self._cancel_force,
+            Command.PAUSE: self._pause,
+            Command.RESUME: self._resume,
+            Command.SET_SPEED: self._set_speed,
+            Command.CHECK_CHAIN: self._check_chain,
+        }
+        for job in jobs:
+            host.live[job.id] = job
+            if job.state is not State.QUEUED:
+                host.budget.occupy(job.id)
+
+    def all(self) -> tuple[Job, ...]:
+        """The unfinished jobs, oldest first."""
+        return tuple(self._jobs.values())
+
+    async def find(self, job_id: str) -> Job | None:
+        """A job of any state."""
+        return self._jobs.get(job_id) or await self._host.journal.job(job_id)
+
+    def release(self) -> None:
+        """Forget the jobs without a change to them: they go on in QEMU, and are in the journal."""
+        for job in self.all():
+            self._host.live.pop(job.id, None)
+            self._host.budget.leave(job.id)
+
+    def unqueue(self) -> None:
+        """Let others pass while the domain can't be reached."""
+        for job in self.all():
+            if job.state is State.QUEUED:
+                self._host.budget.leave(job.id)
+
+    async def add(self, job: Job) -> Job:
+        """Store a job that has just been planned, and start it if it has a place.
+
+        Raises `JobConflict` and `JournalFull`; there is no job then.
+        """
+        first = start_job(job)
+        if self._host.budget.claim(job.id, self._wake):
+            launched = step(job, Launch(), self._host.clock.now())
+            first = Step(launched.job, first.told + launched.told, launched.commands)
+        try:
+            await self._host.journal.add_job(first.told)
+        except BaseException:
+            self._host.budget.leave(job.id)
+            raise
+        job = self._keep(first.job)
+        if not first.commands:
+            return job
+        self._planned_now.add(job.id)
+        try:
+            result = await self._do(job, Command.START)
+            return await self.advance(job, result) if result is not None else job
+        except JournalFull as error:
+            # The job is in the journal as starting; the next look finds out what became of it.
+            log.error("journal full", domain=job.domain, job=job.id, error=str(error))
+            return job
+
+    async def advance(self, job: Job, event: Event) -> Job:
+        """Step, store, act, and go on with what comes of it.
+
+        Raises `Refused` and `JournalFull`; nothing has changed then.
+        """
+        events: deque[Event] = deque([event])
+        while events:
+            following = step(self._jobs.get(job.id, job), events.popleft(), self._host.clock.now())
+            if following.told:
+                await self._host.journal.store(following.told)
+            job = self._keep(following.job)
+            for command in following.commands:
+                result = await self._do(job, command)
+                if result is not None:
+                    events.append(result)
+        return job
+
+    def _keep(self, job: Job) -> Job:
+        if job.ended:
+            self._jobs.pop(job.id, None)
+            self._host.live.pop(job.id, None)
+            self._host.budget.leave(job.id)
+            self._meters.pop(job.id, None)
+            self._paused_since.pop(job.id, None)
+            self._planned_now.discard(job.id)
+        else:
+            self._jobs[job.id] = self._host.live[job.id] = job
+        return job
+
+    # Looking ----------------------------------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Bring the journal's jobs and QEMU's together. Raises what a monitor's call raises, and `JournalFull`."""
+        self.look_soon = False
+        monitor = self._link.usable
+        if monitor is None:
+            await self.find_gone()
+            return
+        if any(job.state is not State.QUEUED for job in self.all()):
+            await self._observe(monitor)
+        for job in self.all():
+            if job.state is State.QUEUED and self._host.budget.claim(job.id, self._wake):
+                await self.advance(job, Launch())
+
+    async def find_gone(self) -> None:
+        """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work."""
+        for job in self.all():
+            if self._link.monitor is None and self._link.is_gone(job.process):
+                await self.advance(job, Gone())
+
+    async def dismiss_leftovers(self) -> None:
+        """Have QEMU forget jobs whose end is stored: the service died before it could say so."""
+        monitor = self._link.require()
+        seen = await monitor.jobs()
+        records = {id_: job for id_ in seen if (job := await self.find(id_)) is not None}
+        for id_ in leftovers(seen, records):
+            await monitor.dismiss(id_)
+
+    async def _observe(self, monitor: Monitor) -> None:
+        now = self._host.clock.monotonic()
+        seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
+        for job, event in reconcile(self.all(), seen, self._link.process):
+            after = await self.advance(job, event)
+            if after.state in WITH_QEMU and after.version == job.version and after.progress != job.progress:
+                self._host.publish_progress(after)
+
+    def _metered(self, id_: str, seen: Observed, now: float) -> Observed:
+        if id_ not in self._jobs:
+            return seen
+        self._meters[id_], progress = self._meters.get(id_, Meter()).measure(seen.progress, now)
+        if seen.status not in ("paused", "standby"):
+            self._paused_since.pop(id_, None)
+            return replace(seen, progress=progress)
+        since = self._paused_since.setdefault(id_, now)
+        return replace(seen, progress=progress, paused_for=now - since)
+
+    # Acting -----------------------------------------------------------------------------------------------------------
+
+    async def _do(self, job: Job, command: Command) -> Event | None:
+        """Carry out a command; the event that follows, or None where the next look will tell."""
+        self.look_soon = True
+        try:
+            if command is Command.CHECK_IMAGES:
+                return await self._check_images(job)
+            if command is Command.SETTLE:
+                return await self._settle(job)
+            monitor = self._link.usable
+            if monitor is None or self.trouble is not None:
+                return None
+            return await self._carry[command](monitor, job)
+        except Declined as declined:
+            log.warning("qemu declined", domain=job.domain, job=job.id, command=command.value, error=str(declined))
+        except MonitorError as error:
+            log.warning("command unanswered", domain=job.domain, job=job.id, command=command.value, error=str(error))
+            self.trouble = error
+        return None
+
+    async def _start(self, monitor: Monitor, job: Job) -> Event:
+        if job.id not in self._planned_now:
+            # It has waited, in the queue or over a restart: the chain may be another one by now.
+            disk = disk_of(job, await self._disks.read())
+            if disk is None or disk.nodes != job.work.nodes or disk.digest != job.work.digest:
+                return Rejected(
+                    Problem(
+                        code=Code.CHAIN_CHANGED,
+                        detail=f"the chain of {job.disk} is not the one that the job was accepted for; read the disk "
+                        "again and send the request again",
+                    )
+                )
+        try:
+            await monitor.start(job)
+        except Declined as declined:
+            return Rejected(declined.problem)
+        return Accepted(monitor.facts.process)
+
+    async def _complete(self, monitor: Monitor, job: Job) -> Event:
+        try:
+            await monitor.complete(job.id)
+        except Declined as declined:
+            return CompleteDeclined(declined.problem)
+        return CompleteTaken()
+
+    async def _cancel(self, monitor: Monitor, job: Job) -> None:
+        await monitor.cancel(job.id, force=False)
+
+    async def _cancel_force(self, monitor: Monitor, job: Job) -> None:
+        await monitor.cancel(job.id, force=True)
+
+    async def _pause(self, monitor: Monitor, job: Job) -> None:
+        await monitor.pause(job.id)
+
+    async def _resume(self, monitor: Monitor, job: Job) -> None:
+        await monitor.resume(job.id)
+
+    async def _set_speed(self, monitor: Monitor, job: Job) -> None:
+        await monitor.set_speed(job.id, job.bandwidth)
+
+    async def _check_chain(self, _monitor: Monitor, job: Job) -> Event:
+        disk = disk_of(job, await self._disks.read())
+        if disk is None:
+            return Checked(Proof.UNKNOWN)
+        return Checked(prove(job, disk.nodes, nodes=True), disk.files)
+
+    async def _check_images(self, job: Job) -> Event:
+        backing = await self._host.images.backing_path(job.overlay) if job.overlay else None
+        return Checked(prove_by_header(job, backing))
+
+    async def _settle(self, job: Job) -> Event | None:
+        work, images = job.work, self._host.images
+        merged = job.ending is State.COMPLETED
+        kept = job.intent is Intent.KEEP
+        monitor = self._link.usable
+        if self._link.monitor is None and (job.verdict is Verdict.GONE or self._link.is_gone(job.process)):
+            chain = work.chain[: work.top] + work.chain[work.base :] if merged and not kept else work.chain
+            self._disks.forget(job.disk)
+        elif monitor is None or self.trouble is not None:
+            return None
+        else:
+            if merged and not kept:
+                await monitor.release(work.release)
+            disk = disk_of(job, await self._disks.read())
+            chain = disk.files if disk else work.chain
+        deleted, not_deleted = await images.unlink(work.deletes if merged else (), job.process, self._host.image_user)
+        if monitor is not None:
+            await monitor.dismiss(job.id)
+        invalidated = work.invalidates if merged else ()
+        return Settled(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))

@@ -1,0 +1,223 @@
+"""A domain's link: the connection to its monitor, kept up, and what is known of who answers there.
+
+Nothing in here waits for QEMU: attempts to connect and heartbeats are tasks of their own, begun by `begin` and
+harvested by `end`, so that the actor stays free while QEMU does not answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Final
+
+from app.core.errors import Code, Problem, Refused
+from app.core.job import Process
+from app.engine.ports import (
+    Busy,
+    Clock,
+    Connector,
+    Declined,
+    Monitor,
+    MonitorError,
+    QemuFacts,
+    Registration,
+    Unanswered,
+    Unreachable,
+)
+from app.engine.views import DomainState
+
+HEARTBEAT: Final = 3.0
+"""Seconds between two signs of life that are asked of a QEMU; with `PATIENCE` it bounds how long a hang goes unseen."""
+
+PATIENCE: Final = 10.0
+"""Seconds that a heartbeat may take before the monitor counts as unreachable."""
+
+RETRY: Final = (0.2, 0.5, 1.0)
+"""Seconds before the first, second and every later new attempt to connect."""
+
+
+class Change(Enum):
+    """What has happened to the link."""
+
+    CONNECTED = auto()
+    FAILED = auto()
+    """One more attempt to connect did not work."""
+    HUNG = auto()
+    AWAKE = auto()
+    """QEMU answers again, over the same connection."""
+    LOST = auto()
+
+
+class Link:
+    """The connection of one domain, whether it stands or not."""
+
+    def __init__(
+        self, registration: Registration, connector: Connector, clock: Clock, wake: Callable[[], None]
+    ) -> None:
+        self.monitor: Monitor | None = None
+        self.process: Process | None = None
+        self.tried = asyncio.Event()
+        self.error: Problem | None = None
+        self._registration = registration
+        self._connector = connector
+        self._clock = clock
+        self._wake = wake
+        self._busy = False
+        self._hung = False
+        self._guest_running = True
+        self._connecting: asyncio.Task[Monitor] | None = None
+        self._probe: asyncio.Task[bool] | None = None
+        self._attempts = 0
+        self._due = 0.0
+        if registration.address is None:
+            self.tried.set()
+        else:
+            self.error = self._unreachable("connecting")
+
+    @property
+    def facts(self) -> QemuFacts | None:
+        """Who answers, while the connection stands."""
+        return self.monitor.facts if self.monitor else None
+
+    @property
+    def usable(self) -> Monitor | None:
+        """The monitor, if QEMU answers there."""
+        return None if self._hung else self.monitor
+
+    def state(self) -> DomainState:
+        """The domain's state as it shows from here."""
+        if self.monitor is not None and not self._hung:
+            return DomainState.RUNNING if self._guest_running else DomainState.PAUSED
+        if self._busy:
+            return DomainState.BUSY
+        off = self._registration.disks or self._registration.address is None
+        return DomainState.SHUTOFF if off and not self._hung and not self.is_alive() else DomainState.UNREACHABLE
+
+    def is_alive(self) -> bool:
+        """Whether the QEMU that was seen last is known to run still."""
+        return self.process is not None and self._connector.alive(self.process) is True
+
+    def is_gone(self, process: Process | None) -> bool:
+        """Whether that process (if None: the QEMU that was seen last) is known to have ended."""
+        which = process or self.process
+        return which is not None and self._connector.alive(which) is False
+
+    def require(self) -> Monitor:
+        """The monitor; raises `Refused` where QEMU can't be asked."""
+        monitor = self.usable
+        if monitor is None:
+            raise Refused(self.error or self._unreachable("the domain is off"))
+        return monitor
+
+    def refusal(self, error: MonitorError) -> Problem:
+        """What to tell a caller whose request met `error`."""
+        return error.problem if isinstance(error, Declined) else self.error or self._unreachable(str(error))
+
+    @property
+    def deadline(self) -> float:
+        """When `begin` has something to begin next, on the clock's seconds."""
+        task = self._connecting if self.monitor is None else self._probe
+        idle = task is not None or (self.monitor is None and self._registration.address is None)
+        return float("inf") if idle else self._due
+
+    @property
+    def pending(self) -> bool:
+        """Whether `end` has something to harvest."""
+        ended = any(task is not None and task.done() for task in (self._connecting, self._probe))
+        return ended or (self.monitor is not None and not self.monitor.connected)
+
+    def begin(self) -> None:
+        """Begin an attempt to connect, or a heartbeat, if it is time for one."""
+        if self._clock.monotonic() < self.deadline:
+            return
+        if self.monitor is not None:
+            self._probe = asyncio.create_task(_ask_for_life(self.monitor))
+            self._probe.add_done_callback(lambda _task: self._wake())
+        elif self._registration.address is not None:
+            self._connecting = asyncio.create_task(self._connector.connect(self._registration.address, self._wake))
+            self._connecting.add_done_callback(lambda _task: self._wake())
+
+    async def end(self) -> Change | None:
+        """Take in what was begun and has ended; what that changed."""
+        if self.monitor is not None and not self.monitor.connected:
+            return await self._lose("the connection to QEMU ended")
+        if self._connecting is not None and self._connecting.done():
+            connecting, self._connecting = self._connecting, None
+            try:
+                return self._connected(connecting.result())
+            except MonitorError as error:
+                return self._connect_failed(error)
+        if self._probe is not None and self._probe.done():
+            probe, self._probe = self._probe, None
+            self._due = self._clock.monotonic() + HEARTBEAT
+            try:
+                self._guest_running = probe.result()
+            except MonitorError as error:
+                return await self.fail(error)
+            if self._hung:
+                self._hung, self.error = False, None
+                return Change.AWAKE
+        return None
+
+    async def fail(self, error: MonitorError) -> Change | None:
+        """Take in that a call met `error`."""
+        if isinstance(error, Unreachable) and self.monitor is not None:
+            return await self._lose(str(error))
+        if isinstance(error, Unanswered) and not self._hung:
+            self._hung, self.error = True, self._unreachable(str(error))
+            return Change.HUNG
+        return None
+
+    async def close(self) -> None:
+        """End the connection and whatever was begun."""
+        await self._stop_probe()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+            if not self._connecting.cancelled() and self._connecting.exception() is None:
+                self.monitor = self._connecting.result()
+        if self.monitor is not None:
+            await self.monitor.close()
+
+    def _connected(self, monitor: Monitor) -> Change:
+        self.monitor, self.process, self.error = monitor, monitor.facts.process, None
+        self._attempts, self._busy, self._hung = 0, False, False
+        self._due = self._clock.monotonic()
+        return Change.CONNECTED
+
+    def _connect_failed(self, error: MonitorError) -> Change:
+        self._due = self._clock.monotonic() + RETRY[min(self._attempts, len(RETRY) - 1)]
+        self._attempts += 1
+        self._busy = isinstance(error, Busy)
+        code = Code.MONITOR_BUSY if self._busy else Code.MONITOR_UNREACHABLE
+        self.error = Problem(code=code, detail=f"domain {self._registration.id}: {error}")
+        if self.state() is DomainState.SHUTOFF:
+            self.error = None
+        return Change.FAILED
+
+    async def _lose(self, why: str) -> Change:
+        await self._stop_probe()
+        if self.monitor is not None:
+            await self.monitor.close()
+        self.monitor, self._hung = None, False
+        self.error = self._unreachable(why)
+        self._attempts, self._due = 0, self._clock.monotonic()
+        return Change.LOST
+
+    async def _stop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.wait([self._probe])
+            self._probe = None
+
+    def _unreachable(self, why: str) -> Problem:
+        return Problem(code=Code.MONITOR_UNREACHABLE, detail=f"domain {self._registration.id}: {why}")
+
+
+async def _ask_for_life(monitor: Monitor) -> bool:
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await monitor.guest_running()
+    except TimeoutError:
+        raise Unanswered(f"QEMU has not answered for {PATIENCE:.0f} s") from None

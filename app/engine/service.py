@@ -1,0 +1,169 @@
+"""The use cases: what the interfaces call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from app.core.errors import Code, Problem, Refused
+from app.core.job import Abort, Event, Job, Pause, Pivot, Resume, SetSpeed, State
+from app.core.plan import CommitRequest, Plan
+from app.engine.actor import Actor
+from app.engine.host import Host
+from app.engine.ports import EventFilter, JobFilter, Registration, StoredEvent
+from app.engine.supervisor import Supervisor
+from app.engine.views import DiskView, DomainView
+
+HISTORY_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many of what there are: unfinished jobs and domains by state, open event streams."""
+
+    jobs: Mapping[str, int]
+    domains: Mapping[str, int]
+    subscribers: int
+
+
+class Service:
+    """Every use case of blockjobd. All raise `Refused` where a request can't be served."""
+
+    def __init__(self, host: Host, supervisor: Supervisor) -> None:
+        self.hub = host.hub
+        self._host = host
+        self._supervisor = supervisor
+
+    # Domains and disks ------------------------------------------------------------------------------------------------
+
+    async def domains(self) -> Sequence[DomainView]:
+        """Every known domain, by id."""
+        return [actor.view() for _id, actor in sorted(self._supervisor.actors.items())]
+
+    async def domain(self, domain: str) -> DomainView:
+        """One domain."""
+        return self._supervisor.find(domain).view()
+
+    async def register(self, registration: Registration) -> tuple[DomainView, bool]:
+        """Register a domain, or register it anew: (the domain, whether it is new)."""
+        actor, new = await self._supervisor.register(registration)
+        return actor.view(), new
+
+    async def forget(self, domain: str) -> None:
+        """Forget a domain."""
+        await self._supervisor.forget(domain)
+
+    async def disks(self, domain: str) -> Sequence[DiskView]:
+        """The domain's disks, as they are now."""
+        actor = self._supervisor.find(domain)
+        return await actor.call(actor.read_disk_views)
+
+    async def disk(self, domain: str, disk: str) -> DiskView:
+        """One disk, as it is now."""
+        actor = self._supervisor.find(domain)
+        return await actor.call(lambda: actor.read_disk_view(disk))
+
+    # Commit -----------------------------------------------------------------------------------------------------------
+
+    async def plan_commit(self, domain: str, disk: str, request: CommitRequest) -> Plan:
+        """What a commit would do; nothing changes."""
+        actor = self._supervisor.find(domain)
+        return await actor.call(lambda: actor.plan(disk, request, exact=True))
+
+    async def commit(self, domain: str, disk: str, request: CommitRequest, *, who: str) -> Job:
+        """Start a commit; `who` is the name of the caller's token."""
+        actor = self._supervisor.find(domain)
+        return await actor.call(lambda: actor.commit(disk, request, who))
+
+    # Jobs -------------------------------------------------------------------------------------------------------------
+
+    async def job(self, job_id: str) -> Job:
+        """A job as it is now."""
+        job = self._host.live.get(job_id) or await self._host.journal.job(job_id)
+        if job is None:
+            raise Refused(
+                Problem(code=Code.JOB_NOT_FOUND, detail=f"there is no job {job_id!r}; GET /jobs lists those there are")
+            )
+        return job
+
+    async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
+        """Jobs, newest first, and the cursor of the next page."""
+        jobs, cursor = await self._host.journal.jobs(wanted)
+        return [self._latest(job) for job in jobs], cursor
+
+    def _latest(self, job: Job) -> Job:
+        """The job with its live progress."""
+        live = self._host.live.get(job.id)
+        return live if live is not None and live.version == job.version else job
+
+    async def history(self, job_id: str) -> Sequence[StoredEvent]:
+        """The stored events of a job, oldest first."""
+        await self.job(job_id)
+        return await self._host.journal.events(EventFilter(job_id=job_id), after=0, limit=HISTORY_PAGE)
+
+    async def wait(self, job_id: str, seconds: float) -> Job:
+        """The job once it has ended, is ready or paused, or once the seconds are over."""
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    changed = self.hub.next_change
+                    job = await self.job(job_id)
+                    if job.ended or job.state in (State.READY, State.PAUSED) or self.hub.closed:
+                        return job
+                    await changed.wait()
+        except TimeoutError:
+            return await self.job(job_id)
+
+    async def abort(self, job_id: str, *, force: bool) -> tuple[Job, bool]:
+        """End a job without merging: (the job, False where that was under way or done before)."""
+        return await self._steer(job_id, Abort(force))
+
+    async def pivot(self, job_id: str) -> Job:
+        """Move the guest onto the base of a ready job."""
+        return (await self._steer(job_id, Pivot()))[0]
+
+    async def pause(self, job_id: str) -> Job:
+        """Pause a running job."""
+        return (await self._steer(job_id, Pause()))[0]
+
+    async def resume(self, job_id: str) -> Job:
+        """Have a paused job go on."""
+        return (await self._steer(job_id, Resume()))[0]
+
+    async def set_speed(self, job_id: str, bandwidth: int) -> Job:
+        """Change the speed, in bytes/s; 0 is no limit."""
+        return (await self._steer(job_id, SetSpeed(bandwidth)))[0]
+
+    async def _steer(self, job_id: str, event: Event) -> tuple[Job, bool]:
+        job = await self.job(job_id)
+        actor = self._supervisor.actors.get(job.domain)
+        if actor is None:
+            # Its domain is forgotten, so the job has ended: what a step says of it needs no monitor.
+            actor = Actor(Registration(id=job.domain), self._host)
+            return await actor.steer(job_id, event)
+        return await actor.call(lambda: actor.steer(job_id, event))
+
+    # Streams and health -----------------------------------------------------------------------------------------------
+
+    async def check_stream(self, wanted: EventFilter) -> None:
+        """Raise `Refused` where a stream of these events can't be served."""
+        self.hub.check_room()
+        if wanted.domain is not None:
+            self._supervisor.find(wanted.domain)
+        if wanted.job_id is not None:
+            await self.job(wanted.job_id)
+
+    async def readiness(self) -> Mapping[str, str | None]:
+        """Each check with None, or with why the service should get no requests."""
+        return {"journal": await self._host.journal.check(), "shutdown": "in progress" if self.hub.closed else None}
+
+    def counts(self) -> Counts:
+        """Figures for the metrics."""
+        views = [actor.view() for actor in self._supervisor.actors.values()]
+        return Counts(
+            jobs=Counter(job.state.value for job in self._host.live.values()),
+            domains=Counter(view.state.value for view in views),
+            subscribers=self.hub.subscribers,
+        )

@@ -1,0 +1,115 @@
+"""Puts the rooms together: the only module that knows them all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from app.api.app import create_app, openapi_json
+from app.api.schemas import JsonRender
+from app.api.server import Server
+from app.core.reconcile import JOB_PREFIX
+from app.engine.budget import Budget
+from app.engine.host import Host
+from app.engine.hub import Hub
+from app.engine.service import Service
+from app.engine.supervisor import Supervisor
+from app.journal.journal import SqliteJournal
+from app.journal.lock import lock_state_dir
+from app.journal.tokens import TokenStore
+from app.qemu.discovery import Discovery
+from app.qemu.images import LocalImages
+from app.qemu.monitor import QmpConnector
+from app.settings import Settings
+
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+"""Crockford's base 32, as ULIDs use it: no letters that look like digits."""
+
+
+class SystemClock:
+    """The host's clocks."""
+
+    def now(self) -> int:
+        """Milliseconds since 1970, UTC."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Seconds, for durations."""
+        return time.monotonic()
+
+
+def new_job_id() -> str:
+    """A ULID behind our prefix: sorts by time, needs no coordination, and is a well-formed QEMU job id."""
+    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return JOB_PREFIX + "".join(ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Application:
+    """The running parts, and the HTTP application that serves them."""
+
+    api: FastAPI
+    service: Service
+    hub: Hub
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Application]:
+    """The service with everything behind it, for as long as the block lasts.
+
+    Raises `StateDirInUse` where another service has the state directory.
+    """
+    clock, render = SystemClock(), JsonRender()
+    with lock_state_dir(settings.state_dir):
+        journal = SqliteJournal.open(settings.state_dir, render, clock)
+        tokens = TokenStore.open(settings.state_dir)
+        try:
+            tokens.ensure_admin(settings.state_dir)
+            hub = Hub(journal, clock)
+            journal.listen(hub.publish)
+            host = Host(
+                connector=QmpConnector(settings.qmp_timeout),
+                journal=journal,
+                images=LocalImages(settings.image_roots, settings.qmp_timeout),
+                clock=clock,
+                hub=hub,
+                budget=Budget(settings.max_running_jobs),
+                render=render,
+                new_id=new_job_id,
+            )
+            supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
+            service = Service(host, supervisor)
+            api = create_app(service, tokens.find, version=version("blockjobd"))
+            await supervisor.start()
+            try:
+                yield Application(api=api, service=service, hub=hub)
+            finally:
+                hub.close()
+                await supervisor.stop()
+        finally:
+            tokens.close()
+            await journal.close()
+
+
+async def serve(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken."""
+    os.umask(0o077)
+    async with running(settings) as application:
+        server = Server(application.api, application.hub, settings.listen, ready=ready)
+        await server.serve()
+
+
+def openapi_document() -> str:
+    """The OpenAPI document as JSON text; needs no state directory and no QEMU."""
+
+    def nobody(_text: str) -> None:
+        return None
+
+    return openapi_json(create_app(None, nobody, version=version("blockjobd")))
