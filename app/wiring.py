@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import uvloop
 from fastapi import FastAPI
 
 from app.api.app import create_app, openapi_json
@@ -22,8 +23,9 @@ from app.engine.hub import Hub
 from app.engine.service import Service
 from app.engine.supervisor import Supervisor
 from app.journal.journal import SqliteJournal
-from app.journal.lock import lock_state_dir
-from app.journal.tokens import TokenStore
+from app.journal.lock import locked
+from app.journal.tokens import Tokens
+from app.logs import configure
 from app.qemu.discovery import Discovery
 from app.qemu.images import LocalImages
 from app.qemu.monitor import QmpConnector
@@ -56,46 +58,42 @@ class Application:
     """The running parts, and the HTTP application that serves them."""
 
     api: FastAPI
-    service: Service
     hub: Hub
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Application]:
+async def running(settings: Settings) -> AsyncGenerator[Application]:
     """The service with everything behind it, for as long as the block lasts.
 
     Raises `StateDirInUse` where another service has the state directory.
     """
     clock, render = SystemClock(), JsonRender()
-    with lock_state_dir(settings.state_dir):
+    with ExitStack() as stack:
+        stack.enter_context(locked(settings.state_dir))
         journal = SqliteJournal.open(settings.state_dir, render, clock)
-        tokens = TokenStore.open(settings.state_dir)
+        stack.callback(journal.close)
+        tokens = stack.enter_context(Tokens.open(settings.state_dir, clock))
+        tokens.ensure_admin()
+        hub = Hub(journal, clock)
+        journal.listen(hub.publish)
+        host = Host(
+            connector=QmpConnector(settings.qmp_timeout),
+            journal=journal,
+            images=LocalImages(settings.image_roots, settings.qmp_timeout),
+            clock=clock,
+            hub=hub,
+            budget=Budget(settings.max_running_jobs),
+            render=render,
+            new_id=new_job_id,
+        )
+        supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
+        service = Service(host, supervisor)
+        await supervisor.start()
         try:
-            tokens.ensure_admin(settings.state_dir)
-            hub = Hub(journal, clock)
-            journal.listen(hub.publish)
-            host = Host(
-                connector=QmpConnector(settings.qmp_timeout),
-                journal=journal,
-                images=LocalImages(settings.image_roots, settings.qmp_timeout),
-                clock=clock,
-                hub=hub,
-                budget=Budget(settings.max_running_jobs),
-                render=render,
-                new_id=new_job_id,
-            )
-            supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
-            service = Service(host, supervisor)
-            api = create_app(service, tokens.find, version=version("blockjobd"))
-            await supervisor.start()
-            try:
-                yield Application(api=api, service=service, hub=hub)
-            finally:
-                hub.close()
-                await supervisor.stop()
+            yield Application(api=create_app(service, tokens.find, version=version("blockjobd")), hub=hub)
         finally:
-            tokens.close()
-            await journal.close()
+            hub.close()
+            await supervisor.stop()
 
 
 async def serve(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
@@ -104,6 +102,12 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
     async with running(settings) as application:
         server = Server(application.api, application.hub, settings.listen, ready=ready)
         await server.serve()
+
+
+def run(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
+    """As `serve`, with an event loop and a log of its own."""
+    configure(settings.log_format)
+    uvloop.run(serve(settings, ready=ready))
 
 
 def openapi_document() -> str:

@@ -102,8 +102,8 @@ class Disk:
         """
         if indexed := INDEXED.fullmatch(name):
             index = int(indexed["index"])
-            known = indexed["disk"] in (self.name, *self.aliases)
-            return index if known and index < len(self.layers) else None
+            if indexed["disk"] in (self.name, *self.aliases):
+                return index if index < len(self.layers) else None
         for position, layer in enumerate(self.layers):
             if layer.node == name or _is_file(layer, name, identity):
                 return position

@@ -6,9 +6,10 @@ carries one. There is no HTTP in here; `app.api.problems` knows the status of ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import cast
 
 
 class Code(StrEnum):
@@ -93,6 +94,16 @@ def invalid(pointer: str, detail: str) -> Problem:
     )
 
 
+def invalid_together(problems: Sequence[Problem]) -> Problem:
+    """A request with several wrong fields, from what `invalid` says of each."""
+    errors = [error for problem in problems for error in cast("list[object]", problem.extra["errors"])]
+    return Problem(
+        code=Code.INVALID_REQUEST,
+        detail="; ".join(problem.detail for problem in problems),
+        extra={"errors": errors},
+    )
+
+
 OUT_OF_SPACE = "No space left on device"
 """strerror(ENOSPC), which is all that QEMU says of a job that ran out of space."""
 
@@ -104,7 +115,7 @@ def qemu_problem(error_class: str, desc: str, *, doing: str) -> Problem:
     """What QEMU refused, in its own words; where the reason has a code of ours, under that code.
 
     `doing` says which command it was. QEMU gives no errno, only text (QAPI `QapiErrorClass`), so the text is what
-    is matched; the words are those of block/file-posix.c and strerror(3).
+    is matched; the words are those of block.c, block/file-posix.c and strerror(3).
     """
     qmp = {"qmp": {"class": error_class, "desc": desc}}
     if OUT_OF_SPACE in desc:
@@ -115,4 +126,11 @@ def qemu_problem(error_class: str, desc: str, *, doing: str) -> Problem:
             detail=f"{doing}: another process has the image open: {desc}. Stop that process, then try again.",
             extra=qmp,
         )
-    return Problem(code=Code.QEMU_ERROR, detail=f"{doing}: QEMU refused: {desc}", extra=qmp)
+    code = Code.QEMU_ERROR
+    if error_class == "CommandNotFound":
+        code = Code.NOT_SUPPORTED
+    elif "is in use by block job" in desc:
+        code = Code.JOB_CONFLICT
+    elif "Permission conflict on node" in desc and "as 'backing' child" in desc:
+        code = Code.IMAGE_SHARED
+    return Problem(code=code, detail=f"{doing}: QEMU refused: {desc}", extra=qmp)

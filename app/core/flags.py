@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntFlag
 
-from app.core.errors import Problem, invalid
+from app.core.errors import Problem, invalid, invalid_together
 
 BANDWIDTH_MAX = 2**63 - 1
 """The fastest speed that QEMU takes, in bytes a second: `speed` is an int64 in QAPI."""
@@ -51,12 +51,14 @@ def parse_flags(
             return invalid(pointer, f"unknown bits {shown}; expected a sum of {expected}")
         return CommitFlag(value)
     flags = CommitFlag(0)
+    wrong: list[Problem] = []
     for position, name in enumerate(value):
         flag = NAMES.get(name)
         if flag is None or flag not in allowed:
-            return invalid(f"{pointer}/{position}", f"unknown flag {name!r}; expected one of {expected}")
-        flags |= flag
-    return flags
+            wrong.append(invalid(f"{pointer}/{position}", f"unknown flag {name!r}; expected one of {expected}"))
+        else:
+            flags |= flag
+    return invalid_together(wrong) if wrong else flags
 
 
 def bandwidth_in_bytes(value: int, flags: CommitFlag) -> int | Problem:

@@ -161,7 +161,8 @@ class Work:
 
     `chain` and `nodes` are the files and format nodes of the whole chain before the job, active layer first; `top`
     and `base` are positions in it. `release` are the nodes to delete after a merge, in that order. `backing_file` is
-    the string for the header of the layer above `top`. `deletes` are the files to unlink once the merge is proven.
+    the string for the header of the layer above `top`. `deletes` are the files to unlink once the merge is proven,
+    `undeletable` those that are worthless then and stay, each with the reason.
     """
 
     disk_node: str
@@ -176,6 +177,7 @@ class Work:
     digest: str
     invalidates: tuple[str, ...]
     deletes: tuple[str, ...]
+    undeletable: tuple[NotDeleted, ...] = ()
 
     @property
     def merged_nodes(self) -> tuple[str, ...]:
@@ -215,7 +217,9 @@ class Result:
 class Job:
     """One block job, from its request to its outcome. Times are milliseconds since 1970, UTC.
 
-    The fields from `work` on are the service's own and not shown outside.
+    `work` and the fields from `intent` on are the service's own and not shown outside. `unconfirmed` are commands that
+    nothing in QEMU's status would show to be missing: they are sent again at the next look, in case that the service
+    or the connection ended between the wish and its command.
     """
 
     id: str
@@ -244,6 +248,7 @@ class Job:
     version: int = 1
     intent: Intent = Intent.RUN
     pause_wanted: bool = False
+    unconfirmed: tuple[Command, ...] = ()
     process: Process | None = None
     complete_taken: bool = False
     complete_attempts: int = 0
@@ -268,7 +273,13 @@ class Job:
     @property
     def actions(self) -> tuple[str, ...]:
         """What the job takes now."""
-        return ACTIONS.get(self.state, ())
+        taken = ACTIONS.get(self.state, ())
+        return taken if self.pivotable else tuple(action for action in taken if action != "pivot")
+
+    @property
+    def pivotable(self) -> bool:
+        """Whether the job is one that a pivot can end; others end by themselves."""
+        return self.type is not JobType.COMMIT and self.on_ready is not OnReady.KEEP
 
 
 ACTIONS: Final[Mapping[State, tuple[str, ...]]] = {
@@ -285,7 +296,9 @@ ACTIONS: Final[Mapping[State, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """The job has its place among the running ones."""
+    """The job has its place among the running ones; `process` is the QEMU that is going to be asked."""
+
+    process: Process | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +319,7 @@ class Rejected:
 class Observed:
     """What QEMU says of the job now (QAPI `query-jobs` and `query-block-jobs`).
 
-    `paused_for` is for how many seconds it has been seen paused without a break.
+    `paused_for` is for how many seconds it has been seen paused without a break, `process` the QEMU that says so.
     """
 
     status: str
@@ -314,6 +327,7 @@ class Observed:
     error: str | None = None
     io_status: str = "ok"
     paused_for: float = 0.0
+    process: Process | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,23 +472,31 @@ def _save(job: Job, type_: EventType | None, *commands: Command) -> Step:
 
 
 def _then(first: Step, second: Step) -> Step:
-    return Step(second.job, first.told + second.told, first.commands + second.commands)
+    once = tuple(command for command in second.commands if command not in first.commands)
+    return Step(second.job, first.told + second.told, first.commands + once)
+
+
+def _asked(job: Job, command: Command) -> tuple[Command, ...]:
+    """What is to be sent again at the next look, now that `command` is sent; the last wish of its kind counts."""
+    same_kind = (Command.SET_SPEED,) if command is Command.SET_SPEED else (Command.PAUSE, Command.RESUME)
+    return (*(other for other in job.unconfirmed if other not in same_kind), command)
 
 
 # Handlers ------------------------------------------------------------------------------------------------------------
 
 
-def _launch(job: Job, _event: Event, _now: int) -> Step:
-    return _save(replace(job, state=State.STARTING), None, Command.START)
+def _launch(job: Job, event: Event, _now: int) -> Step:
+    assert isinstance(event, Launch)
+    return _save(replace(job, state=State.STARTING, process=event.process), None, Command.START)
 
 
 def _accepted(job: Job, event: Event, now: int) -> Step:
-    process = event.process if isinstance(event, Accepted) else job.process
+    told = event.process if isinstance(event, Accepted | Observed) else None
     running = replace(
         job,
         state=State.RUNNING,
         started_at=now,
-        process=process,
+        process=told or job.process,
         # From here on QEMU may write into the base at any moment, whatever its counters say.
         data_state=DataState.BASE_MODIFIED,
     )
@@ -482,6 +504,14 @@ def _accepted(job: Job, event: Event, now: int) -> Step:
     if job.intent in (Intent.ABORT, Intent.FORCE):
         return _then(started, _begin_abort(started.job, force=job.intent is Intent.FORCE))
     return started
+
+
+def _rejected_starting(job: Job, event: Event, now: int) -> Step:
+    assert isinstance(event, Rejected)
+    if f"Job ID '{job.id}' already in use" in event.problem.detail:
+        # The first attempt, whose reply was lost, got through after all. The next look finds the job.
+        return Step(job)
+    return _rejected(job, event, now)
 
 
 def _rejected(job: Job, event: Event, now: int) -> Step:
@@ -497,10 +527,8 @@ def _end(job: Job, state: State, now: int) -> Step:
 
 def _observed_starting(job: Job, event: Event, now: int) -> Step:
     # The reply was lost (a timeout, a restart), but QEMU lists the job, so it took the command.
-    # The speed may have been changed since the command was sent.
     started = _accepted(job, event, now)
-    speed = Step(started.job, (), (Command.SET_SPEED,))
-    return _then(_then(started, speed), step(started.job, event, now))
+    return _then(started, step(started.job, event, now))
 
 
 def _observed(job: Job, event: Event, now: int) -> Step:
@@ -508,24 +536,40 @@ def _observed(job: Job, event: Event, now: int) -> Step:
     job = replace(job, progress=event.progress)
     if event.status == "concluded":
         verdict = Verdict.ERROR if event.error else Verdict.FINE
-        done = replace(job, state=State.CONCLUDING, verdict=verdict, verdict_error=event.error)
+        done = replace(job, state=State.CONCLUDING, verdict=verdict, verdict_error=event.error, unconfirmed=())
         return _save(done, None, Command.CHECK_CHAIN)
+    # There is nothing left to pause in a job that is ready.
+    again = tuple(c for c in job.unconfirmed if c is not Command.PAUSE or event.status in ("running", "paused"))
+    sent = Step(replace(job, unconfirmed=()), (), again)
+    return _then(sent, _observed_alive(sent.job, event, now, again))
+
+
+def _observed_alive(job: Job, event: Observed, now: int, again: tuple[Command, ...]) -> Step:
     if job.state is State.ABORTING:
         # Sent again as long as it shows no effect: a restart may have come between storing the wish and the command.
+        if event.status in ("waiting", "pending", "aborting"):
+            return Step(job)
         hard = job.intent is Intent.FORCE or event.status == "paused"
-        moving = event.status in ("waiting", "pending", "aborting")
-        return Step(job, (), () if moving else (Command.CANCEL_FORCE if hard else Command.CANCEL,))
-    if event.status in ("ready", "standby"):
-        return _observed_ready(job, now)
-    if event.status == "paused":
+        return Step(job, (), (Command.CANCEL_FORCE,) if hard else (*_awake(event), Command.CANCEL))
+    failing = event.status == "standby" and event.io_status != "ok"
+    if event.status == "paused" or (failing and job.intent is Intent.RUN):
         return _observed_paused(job, event)
+    if event.status in ("ready", "standby"):
+        return _observed_ready(job, event, now)
     if event.status == "running" and job.state is State.RUNNING and job.pause_wanted:
         return Step(job, (), (Command.PAUSE,))
     if event.status == "running" and job.state is State.PAUSED:
-        resumed = replace(job, state=State.RUNNING, pause_reason=None, pause_wanted=False)
-        return _save(resumed, EventType.RESUMED)
+        # Somebody resumed it, unless a pause was asked for that may not have reached QEMU yet.
+        wanted = Command.PAUSE in again
+        return _save(replace(job, state=State.RUNNING, pause_reason=None, pause_wanted=wanted), EventType.RESUMED)
     # created, waiting, pending, aborting: QEMU is on its way to a status that tells more.
     return Step(job)
+
+
+def _awake(event: Observed) -> tuple[Command, ...]:
+    # A ready job that somebody paused is in standby: it takes no gentle cancel, and its pivot would wait for ever.
+    # One of QEMU's own short breaks looks the same, and resuming it does nothing.
+    return (Command.RESUME,) if event.status == "standby" else ()
 
 
 def _observed_paused(job: Job, event: Observed) -> Step:
@@ -534,32 +578,42 @@ def _observed_paused(job: Job, event: Observed) -> Step:
         reason = PauseReason.NO_SPACE
     elif event.io_status == "failed":
         reason = PauseReason.IO_ERROR
+    elif job.pause_reason is PauseReason.USER and not job.pause_wanted:
+        return Step(job, (), (Command.RESUME,))
     elif job.pause_wanted or event.paused_for >= FOREIGN_PAUSE:
         reason = PauseReason.USER
-    if job.pause_reason is PauseReason.USER and not job.pause_wanted:
-        return Step(job, (), (Command.RESUME,))
-    if reason is None or job.state not in (State.RUNNING, State.PAUSED) or reason is job.pause_reason:
+    if reason is None or job.state not in PAUSABLE or reason is job.pause_reason:
         return Step(job)
     wanted = job.pause_wanted or reason is PauseReason.USER
     return _save(replace(job, state=State.PAUSED, pause_reason=reason, pause_wanted=wanted), EventType.PAUSED)
 
 
+PAUSABLE: Final = frozenset({State.RUNNING, State.PAUSED, State.READY})
+"""States in which a pause that QEMU shows, or its reason, is news. A ready job is paused by an I/O error only."""
+
 FOREIGN_PAUSE: Final = 2.0
 """Seconds after which a pause that nobody here asked for is not one of QEMU's own short ones any more."""
 
 
-def _observed_ready(job: Job, now: int) -> Step:
+def _observed_ready(job: Job, event: Observed, now: int) -> Step:
     if job.state is State.READY:
         # Only a `keep` that QEMU has not obeyed yet has anything to do here.
-        return Step(job, (), (Command.CANCEL,) if job.intent is Intent.KEEP else ())
+        return Step(job, (), (*_awake(event), Command.CANCEL) if job.intent is Intent.KEEP else ())
     if job.state is State.PIVOTING:
         # Declined before, so asked again; taken already, so it is converging under the guest's writes.
-        return Step(job, (), () if job.complete_taken else (Command.COMPLETE,))
-    ready = replace(job, state=State.READY, ready_at=now, pause_reason=None, pause_wanted=False)
+        return Step(job, (), (*_awake(event), *(() if job.complete_taken else (Command.COMPLETE,))))
     # A pause that was asked for while it ran has no meaning for a job that has nothing left to copy.
     resume = (Command.RESUME,) if job.pause_wanted else ()
+    ready = replace(
+        job,
+        state=State.READY,
+        ready_at=job.ready_at or now,
+        pause_reason=None,
+        pause_wanted=False,
+        unconfirmed=resume,
+    )
     told = _save(ready, EventType.READY, *resume)
-    if job.intent is Intent.PIVOT or job.on_ready is OnReady.PIVOT:
+    if job.on_ready is OnReady.PIVOT:
         return _then(told, _begin_pivot(told.job))
     if job.on_ready is OnReady.KEEP:
         return _then(told, _save(replace(told.job, intent=Intent.KEEP), None, Command.CANCEL))
@@ -574,7 +628,8 @@ def _begin_pivot(job: Job) -> Step:
 def _begin_abort(job: Job, *, force: bool) -> Step:
     # A paused job takes no gentle cancel; before ready there is no consistent copy to wait for anyway.
     hard = force or job.state is State.PAUSED
-    aborting = replace(job, state=State.ABORTING, intent=Intent.FORCE if force else Intent.ABORT, pause_reason=None)
+    intent = Intent.FORCE if force else Intent.ABORT
+    aborting = replace(job, state=State.ABORTING, intent=intent, pause_reason=None, unconfirmed=())
     return _save(aborting, EventType.ABORTING, Command.CANCEL_FORCE if hard else Command.CANCEL)
 
 
@@ -600,6 +655,8 @@ def _absent_starting(job: Job, _event: Event, _now: int) -> Step:
 def _checked_starting(job: Job, event: Event, now: int) -> Step:
     assert isinstance(event, Checked)
     if event.proof is Proof.UNCHANGED:
+        if job.intent in (Intent.ABORT, Intent.FORCE):
+            return _end(job, State.CANCELED, now)
         return Step(job, (), (Command.START,))
     if event.proof is Proof.MERGED:
         started = _accepted(job, event, now)
@@ -650,6 +707,9 @@ def _domain_gone(when: str) -> Problem:
 
 def _checked(job: Job, event: Event, _now: int) -> Step:
     assert isinstance(event, Checked)
+    if job.ending is not None:
+        # Judged already, and the tidying may have changed the chain since.
+        return Step(job)
     state, error = _outcome(job, event.proof)
     data = DataState.MERGED if state is State.COMPLETED else job.data_state
     judged = replace(job, ending=state, error=error, data_state=data)
@@ -697,7 +757,9 @@ def _outcome(job: Job, proof: Proof) -> tuple[State, Problem | None]:
 def _settled(job: Job, event: Event, now: int) -> Step:
     assert isinstance(event, Settled)
     # A job in this state always has an ending: it is stored in the same step that asks for the tidying.
-    return _end(replace(job, result=event.result), job.ending or State.LOST, now)
+    left = job.work.undeletable if job.ending is State.COMPLETED else ()
+    result = replace(event.result, not_deleted=left + event.result.not_deleted)
+    return _end(replace(job, result=result), job.ending or State.LOST, now)
 
 
 # Requests ------------------------------------------------------------------------------------------------------------
@@ -732,8 +794,8 @@ def _abort_concluding(job: Job, _event: Event, _now: int) -> Step:
     raise Refused(Problem(code=code, detail=f"the job {job.id} is concluding; its outcome is being read"))
 
 
-def _pivot(job: Job, _event: Event, _now: int) -> Step:
-    return _begin_pivot(job)
+def _pivot(job: Job, event: Event, now: int) -> Step:
+    return _begin_pivot(job) if job.pivotable else _not_ready(job, event, now)
 
 
 def _pivot_pivoting(job: Job, _event: Event, _now: int) -> Step:
@@ -741,11 +803,12 @@ def _pivot_pivoting(job: Job, _event: Event, _now: int) -> Step:
 
 
 def _not_ready(job: Job, _event: Event, _now: int) -> Step:
-    if job.type is JobType.COMMIT:
+    if not job.pivotable:
+        why = "merges below the active layer" if job.type is JobType.COMMIT else "keeps the overlay active"
         raise Refused(
             Problem(
                 code=Code.JOB_NOT_PIVOTABLE,
-                detail=f"the job {job.id} merges below the active layer and ends by itself; there is nothing to pivot",
+                detail=f"the job {job.id} {why} and ends by itself; there is nothing to pivot",
             )
         )
     raise Refused(
@@ -757,11 +820,12 @@ def _not_ready(job: Job, _event: Event, _now: int) -> Step:
 
 
 def _pause(job: Job, _event: Event, _now: int) -> Step:
-    return _save(replace(job, pause_wanted=True), None, Command.PAUSE)
+    return _save(replace(job, pause_wanted=True, unconfirmed=_asked(job, Command.PAUSE)), None, Command.PAUSE)
 
 
-def _pause_paused(job: Job, _event: Event, _now: int) -> Step:
-    return Step(job)
+def _pause_paused(job: Job, event: Event, now: int) -> Step:
+    # A pause by an I/O error, or one that was asked to end, may be over any moment; this one is to last.
+    return Step(job) if job.pause_wanted else _pause(job, event, now)
 
 
 def _not_pausable(job: Job, _event: Event, _now: int) -> Step:
@@ -771,7 +835,7 @@ def _not_pausable(job: Job, _event: Event, _now: int) -> Step:
 
 
 def _resume(job: Job, _event: Event, _now: int) -> Step:
-    return _save(replace(job, pause_wanted=False), None, Command.RESUME)
+    return _save(replace(job, pause_wanted=False, unconfirmed=_asked(job, Command.RESUME)), None, Command.RESUME)
 
 
 def _resume_running(job: Job, event: Event, now: int) -> Step:
@@ -785,7 +849,14 @@ def _not_paused(job: Job, _event: Event, _now: int) -> Step:
 
 def _set_speed(job: Job, event: Event, _now: int) -> Step:
     assert isinstance(event, SetSpeed)
-    return _save(replace(job, bandwidth=event.bandwidth), None, Command.SET_SPEED)
+    faster = replace(job, bandwidth=event.bandwidth, unconfirmed=_asked(job, Command.SET_SPEED))
+    return _save(faster, None, Command.SET_SPEED)
+
+
+def _set_speed_starting(job: Job, event: Event, _now: int) -> Step:
+    # Whether the command that starts the job had this speed is not known, so the next look sets it.
+    assert isinstance(event, SetSpeed)
+    return _save(replace(job, bandwidth=event.bandwidth, unconfirmed=_asked(job, Command.SET_SPEED)), None)
 
 
 def _set_speed_later(job: Job, event: Event, _now: int) -> Step:
@@ -820,7 +891,7 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
     (State.QUEUED, Resume): _not_paused,
     (State.QUEUED, SetSpeed): _set_speed_later,
     (State.STARTING, Accepted): _accepted,
-    (State.STARTING, Rejected): _rejected,
+    (State.STARTING, Rejected): _rejected_starting,
     (State.STARTING, Observed): _observed_starting,
     (State.STARTING, Absent): _absent_starting,
     (State.STARTING, Checked): _checked_starting,
@@ -829,7 +900,7 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
     (State.STARTING, Pivot): _not_ready,
     (State.STARTING, Pause): _not_pausable,
     (State.STARTING, Resume): _not_paused,
-    (State.STARTING, SetSpeed): _set_speed_later,
+    (State.STARTING, SetSpeed): _set_speed_starting,
     (State.CONCLUDING, Observed): _observed_concluding,
     (State.CONCLUDING, Absent): _observed_concluding,
     (State.CONCLUDING, Gone): _gone_concluding,

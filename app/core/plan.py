@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from app.core.chain import Disk, Identity, Layer, relative_name
-from app.core.errors import Code, Problem, invalid
+from app.core.errors import Code, Problem, invalid, invalid_together
 from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags
-from app.core.job import Job, JobType, OnError, OnReady, State, Work
+from app.core.job import Job, JobType, NotDeleted, OnError, OnReady, State, Work
 
 BACKING_FILE_MAX: Final = 1023
 """The longest name that fits into a qcow2 header, in bytes (docs/interop/qcow2.txt)."""
@@ -48,13 +48,14 @@ def commit_request(
 ) -> CommitRequest | Problem:
     """Stage 1: the request from the fields of its body, or what is wrong with them. `""` as a layer is no layer."""
     parsed = parse_flags(flags)
-    if isinstance(parsed, Problem):
-        return parsed
-    speed = bandwidth_in_bytes(bandwidth, parsed)
-    if isinstance(speed, Problem):
-        return speed
+    # Without the flags the unit is not known; the wider of the two ranges is wrong in no case.
+    speed = bandwidth_in_bytes(bandwidth, CommitFlag.BANDWIDTH_BYTES if isinstance(parsed, Problem) else parsed)
+    wrong = [found for found in (parsed, speed) if isinstance(found, Problem)]
     if backing_file is not None and not 0 < len(backing_file.encode()) <= BACKING_FILE_MAX:
-        return invalid("/backing_file", f"expected 1 to {BACKING_FILE_MAX} bytes, as an image header holds no more")
+        detail = f"expected 1 to {BACKING_FILE_MAX} bytes, as an image header holds no more"
+        wrong.append(invalid("/backing_file", detail))
+    if isinstance(parsed, Problem) or isinstance(speed, Problem) or wrong:
+        return invalid_together(wrong)
     if base and CommitFlag.SHALLOW in parsed:
         return Problem(
             code=Code.SHALLOW_WITH_BASE,
@@ -185,7 +186,7 @@ def _check_ending(chosen: Selection) -> Problem | None:
             return Problem(
                 code=Code.RELATIVE_IMPOSSIBLE,
                 detail=f"the header of {absolute.file} names its backing image as {absolute.backing!r}, which is not "
-                "relative; leave out the flag `relative`, or give `backing_file`",
+                "relative; leave out the flag `relative`",
             )
     if chosen.disk.temporary:
         return Problem(
@@ -224,12 +225,16 @@ class Warning:  # noqa: A001 - the contract's word
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a commit will do. Files where not said otherwise; `chain_*` active layer first; sizes in bytes."""
+    """What a commit will do. Files where not said otherwise; `chain_*` active layer first; sizes in bytes.
+
+    `undeletable` are those of the invalidated files that `delete` leaves in place.
+    """
 
     selection: Selection
     chain_after: tuple[str, ...]
     invalidates: tuple[str, ...]
     deletes: tuple[str, ...]
+    undeletable: tuple[NotDeleted, ...]
     bytes_to_copy: int
     base_growth_max: int
     free: int | None
@@ -275,6 +280,7 @@ class Plan:
                 digest=disk.digest,
                 invalidates=self.invalidates,
                 deletes=self.deletes,
+                undeletable=self.undeletable,
             ),
         )
 
@@ -310,17 +316,19 @@ def plan_commit(chosen: Selection, facts: Facts) -> Plan | Problem:
     invalid_from = chosen.top + 1 if keep else chosen.top
     invalidates = files[invalid_from : chosen.base]
     delete = CommitFlag.DELETE in chosen.request.flags
+    undeletable = {file: why for file, why in facts.undeletable.items() if delete and file in invalidates}
     return Plan(
         selection=chosen,
         chain_after=files if keep else files[: chosen.top] + files[chosen.base :],
         invalidates=invalidates,
-        deletes=tuple(file for file in invalidates if file not in facts.undeletable) if delete else (),
+        deletes=tuple(file for file in invalidates if file not in undeletable) if delete else (),
+        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in undeletable.items()),
         bytes_to_copy=copied,
         base_growth_max=growth,
         free=facts.free,
         resizes_base_to=resize,
         backing_file=_backing_file(chosen),
-        warnings=tuple(_warnings(chosen, facts, growth, resize, delete=delete)),
+        warnings=tuple(_warnings(chosen, facts, growth, resize, undeletable)),
     )
 
 
@@ -333,9 +341,14 @@ def _growth(base: Layer, size: int, new: int) -> int:
     if base.format != "qcow2":
         return max(0, min(new, size - base.actual_size)) if base.format == "raw" else new
     cluster = base.cluster_size
-    tables = -(-size // (cluster * cluster // 8)) + -(-size // (cluster * cluster // 2)) + 2
-    metadata = (tables + -(-tables * 8 // cluster)) * cluster
-    return min(new + metadata, max(0, size + metadata + cluster - base.actual_size)) if new else 0
+    l2 = -(-size // (cluster * cluster // 8))
+    l1 = -(-l2 * 8 // cluster)
+    counted = -(-size // cluster) + l2 + l1 + 1
+    # Each refcount block counts itself too, and its entry in the table of them. One cluster more is for a last one
+    # that the size does not fill.
+    blocks = -(-counted // (cluster // 2 - 2))
+    metadata = (l2 + l1 + 1 + blocks + -(-blocks * 8 // cluster) + 1) * cluster
+    return min(new + metadata, max(0, size + metadata - base.actual_size)) if new else 0
 
 
 def _backing_file(chosen: Selection) -> str | None:
@@ -346,7 +359,8 @@ def _backing_file(chosen: Selection) -> str | None:
         return chosen.request.backing_file
     base = chosen.base_layer
     relative = overlay.relative or CommitFlag.RELATIVE in chosen.request.flags
-    return relative_name(base, seen_from=overlay) if relative and base.file.startswith("/") else base.file
+    local = overlay.file.startswith("/") and base.file.startswith("/")
+    return relative_name(base, seen_from=overlay) if relative and local else base.file
 
 
 def _release(chosen: Selection) -> tuple[str, ...]:
@@ -359,7 +373,9 @@ def _release(chosen: Selection) -> tuple[str, ...]:
     return tuple(nodes)
 
 
-def _warnings(chosen: Selection, facts: Facts, growth: int, resize: int | None, *, delete: bool) -> list[Warning]:
+def _warnings(
+    chosen: Selection, facts: Facts, growth: int, resize: int | None, undeletable: Mapping[str, str]
+) -> list[Warning]:
     base, active = chosen.base_layer, chosen.disk.layers[0]
     found: list[Warning] = []
     if growth:
@@ -368,7 +384,10 @@ def _warnings(chosen: Selection, facts: Facts, growth: int, resize: int | None, 
         found.append(Warning(code="free-unknown", detail=f"the service can't see the file system of {base.file}"))
     if facts.bytes_to_copy is None:
         found.append(
-            Warning(code="size-estimated", detail="the images' maps could not be read; sizes are upper bounds")
+            Warning(
+                code="size-estimated",
+                detail="the images' maps were not read; the sizes are what the layers take on disk",
+            )
         )
     if resize is not None:
         found.append(
@@ -383,6 +402,4 @@ def _warnings(chosen: Selection, facts: Facts, growth: int, resize: int | None, 
         found.append(
             Warning(code="filters-dropped", detail=f"QEMU drops the filters between the layers: {', '.join(filters)}")
         )
-    if delete:
-        found += [Warning(code="not-deletable", detail=f"{file}: {why}") for file, why in facts.undeletable.items()]
-    return found
+    return found + [Warning(code="not-deletable", detail=f"{file}: {why}") for file, why in undeletable.items()]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from app.core.chain import Disk, Layer
-from app.core.job import Absent, DataState, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State
+from app.core.job import Absent, DataState, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State, Verdict
 
 JOB_PREFIX = "bj-"
 """How the ids of all our jobs begin, here and in QEMU."""
@@ -32,7 +33,7 @@ def reconcile(jobs: Iterable[Job], seen: Mapping[str, Observed], process: Proces
         if not same_process(job.process, process):
             found.append((job, Gone()))
         elif job.id in seen:
-            found.append((job, seen[job.id]))
+            found.append((job, replace(seen[job.id], process=process)))
         else:
             found.append((job, Absent()))
     return found
@@ -69,11 +70,13 @@ def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
     """What the images say of a job whose QEMU has ended.
 
     `overlay_backing` is the path to which the header of the layer above `top` leads, or None where it can't be read.
-    A pivot writes no header: after one was asked for, the images alone prove nothing.
+    A pivot writes no header: after one was asked for, the images alone prove nothing. Nor do they where QEMU concluded
+    the job without error and nobody here had asked for an end: another client has pivoted, or canceled gently.
     """
     if job.type is JobType.ACTIVE_COMMIT:
         asked = job.intent in (Intent.PIVOT, Intent.KEEP)
-        return Proof.UNKNOWN if asked else Proof.UNCHANGED
+        foreign_end = job.intent is Intent.RUN and job.verdict is Verdict.FINE
+        return Proof.UNKNOWN if asked or foreign_end else Proof.UNCHANGED
     if overlay_backing is None:
         return Proof.UNKNOWN
     below = os.path.normpath(overlay_backing)

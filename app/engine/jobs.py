@@ -103,7 +103,7 @@ class Jobs:
         """
         first = start_job(job)
         if self._host.budget.claim(job.id, self._wake):
-            launched = step(job, Launch(), self._host.clock.now())
+            launched = step(job, Launch(self._link.process), self._host.clock.now())
             first = Step(launched.job, first.told + launched.told, launched.commands)
         try:
             await self._host.journal.add_job(first.told)
@@ -164,7 +164,7 @@ class Jobs:
             await self._observe(monitor)
         for job in self.all():
             if job.state is State.QUEUED and self._host.budget.claim(job.id, self._wake):
-                await self.advance(job, Launch())
+                await self.advance(job, Launch(self._link.process))
 
     async def find_gone(self) -> None:
         """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work."""
@@ -192,11 +192,12 @@ class Jobs:
         if id_ not in self._jobs:
             return seen
         self._meters[id_], progress = self._meters.get(id_, Meter()).measure(seen.progress, now)
+        seen = replace(seen, progress=progress, process=self._link.process)
         if seen.status not in ("paused", "standby"):
             self._paused_since.pop(id_, None)
-            return replace(seen, progress=progress)
+            return seen
         since = self._paused_since.setdefault(id_, now)
-        return replace(seen, progress=progress, paused_for=now - since)
+        return replace(seen, paused_for=now - since)
 
     # Acting -----------------------------------------------------------------------------------------------------------
 

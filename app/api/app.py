@@ -1,0 +1,47 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from app.api import disks, docs, domains, events, health, jobs
+from app.api.auth import FindToken
+from app.api.docs import openapi_json
+from app.api.metrics import Metrics
+from app.api.observe import Observed
+from app.api.problems import HANDLERS
+from app.engine.service import Service
+
+__all__ = ["create_app", "openapi_json"]
+
+ABOUT: Final = """Merges the disk layers of running QEMU virtual machines. Every request takes a bearer token, but for \
+`/livez` and `/readyz`; every error is a problem document."""
+
+
+def create_app(service: Service | None, find_token: FindToken, *, version: str) -> FastAPI:
+    """The application that serves the use cases of `service` to the holders of tokens.
+
+    Without a service it serves no requests and is good for its OpenAPI document only.
+    """
+    metrics = Metrics(service, version)
+    app = FastAPI(
+        title="blockjobd",
+        version=version,
+        description=ABOUT,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[Middleware(Observed, metrics=metrics)],
+        exception_handlers=dict(HANDLERS),
+    )
+    app.state.service = service
+    app.state.find_token = find_token
+    app.state.metrics = metrics
+    for module in (domains, disks, jobs, events, health, docs):
+        app.include_router(module.router)
+    app.include_router(health.free)
+    return app

@@ -1,0 +1,113 @@
+"""Who may do what: bearer tokens with roles, spelt in the signature of each route.
+
+FastAPI reads and parses the body before it solves dependencies, and the contract wants the token judged first. So
+`Guarded`, the class of all routes that need a token, judges it before FastAPI sees the request; the dependency in the
+signature says which role that takes, and gives the route the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Annotated, Final, cast
+
+from fastapi import Depends, Request, Response, Security
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+from app.api.problems import invalid_parameter
+from app.core.errors import Code, Problem, Refused
+from app.engine.ports import Role, Token
+
+FindToken = Callable[[str], Token | None]
+"""Finds the token with this text; None where there is none."""
+
+BODY_MAX: Final = 1 << 20
+"""The largest body that is read, in bytes."""
+
+RANKS: Final = {role: rank for rank, role in enumerate(Role)}
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="token", description="A token of `blockjobd token create`.")
+
+
+class Requires:
+    """The dependency that asks for a role and yields the caller's token."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+
+    def __call__(
+        self, request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+    ) -> Token:
+        """The token that `Guarded` has judged."""
+        return cast(Token, request.state.token)
+
+
+Reader = Annotated[Token, Depends(Requires(Role.READ))]
+Operator = Annotated[Token, Depends(Requires(Role.OPERATE))]
+Admin = Annotated[Token, Depends(Requires(Role.ADMIN))]
+
+
+class Guarded(APIRoute):
+    """A route that needs a token. It refuses parameters that it does not know, and bodies over 1 MiB."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """FastAPI's handler behind the token, the names of the parameters and the limit of the body."""
+        handler = super().get_route_handler()
+        parts = list(_all_dependants(self.dependant))
+        role = next(part.call.role for part in parts if isinstance(part.call, Requires))
+        known = {parameter.alias for part in parts for parameter in part.query_params}
+
+        async def guarded(request: Request) -> Response:
+            request.state.token = _judge(request, role)
+            # A dry run that is misspelt must not become a real one.
+            for name in request.query_params:
+                if name not in known:
+                    expected = ", ".join(sorted(known)) or "none"
+                    raise Refused(invalid_parameter(name, f"unknown parameter; expected {expected}"))
+            return await handler(Request(request.scope, _limited(request.receive)))
+
+        return guarded
+
+
+def _all_dependants(dependant: Dependant) -> Iterator[Dependant]:
+    yield dependant
+    for part in dependant.dependencies:
+        yield from _all_dependants(part)
+
+
+def _judge(request: Request, role: Role) -> Token:
+    find_token = cast(FindToken, request.app.state.find_token)
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    token = find_token(text.strip()) if scheme.lower() == "bearer" and text.strip() else None
+    if token is None:
+        raise Refused(
+            Problem(
+                code=Code.UNAUTHENTICATED,
+                detail="no token, or one that is not known; send it as `Authorization: Bearer TOKEN`",
+            )
+        )
+    if RANKS[token.role] < RANKS[role]:
+        raise Refused(
+            Problem(
+                code=Code.OPERATION_DENIED,
+                detail=f"the token {token.name!r} has the role {token.role}; this takes the role {role}",
+            )
+        )
+    return token
+
+
+def _limited(receive: Receive) -> Receive:
+    size = 0
+
+    async def limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > BODY_MAX:
+            raise HTTPException(413, f"the body is larger than {BODY_MAX} bytes")
+        return message
+
+    return limited

@@ -1,0 +1,168 @@
+"""The bodies of requests, checked as far as that goes without looking at anything else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from app.core.errors import Problem
+from app.core.flags import BANDWIDTH_MAX, NAMES, parse_flags
+from app.core.job import OnError, OnReady
+from app.engine.ports import Address, Registration
+from app.settings import UNIX_PATH_MAX, host_and_port
+
+
+def _plain(value: str) -> str:
+    # JSON can spell both; no file name and no journal can hold them.
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise PydanticCustomError("characters", "must not hold a NUL character or half a surrogate pair")
+    return value
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/"):
+        raise PydanticCustomError("relative_path", "expected an absolute path")
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_plain)]
+AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
+
+
+def _flag_kind(value: object) -> str | None:
+    if isinstance(value, list):
+        return "names"
+    return "mask" if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _known_flag(value: int | str) -> int | str:
+    found = parse_flags([value] if isinstance(value, str) else value)
+    if isinstance(found, Problem):
+        raise PydanticCustomError("flag", "{reason}", {"reason": found.detail.partition(": ")[2]})
+    return value
+
+
+Flags = Annotated[
+    Annotated[StrictInt, AfterValidator(_known_flag), Field(json_schema_extra={"minimum": 0}), Tag("mask")]
+    | Annotated[
+        list[Annotated[StrictStr, AfterValidator(_known_flag), Field(json_schema_extra={"enum": [*NAMES]})]],
+        Tag("names"),
+    ],
+    Discriminator(
+        _flag_kind,
+        custom_error_type="flags_type",
+        custom_error_message="expected a list of names, or libvirt's bitmask as an integer",
+    ),
+]
+
+Bandwidth = Annotated[StrictInt, Field(ge=0, le=BANDWIDTH_MAX, description="MiB/s, or bytes/s; 0: no limit")]
+
+
+class In(BaseModel):
+    """A request's body: what it does not know, it refuses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CommitIn(In):
+    """A commit: which layers are merged, and how."""
+
+    base: Text | None = Field(
+        default=None, description="layer to merge into; null: the bottom one, or with `shallow` the one below `top`"
+    )
+    top: Text | None = Field(default=None, description="topmost layer to merge; null: the active one")
+    bandwidth: Bandwidth = 0
+    flags: Flags = Field(default=[], description="shallow 1, delete 2, active 4, relative 8, bandwidth_bytes 16")
+    on_ready: OnReady = Field(default=OnReady.WAIT, description="what to do once the active layer is mirrored")
+    on_error: OnError = Field(default=OnError.REPORT, description="what an I/O error does to the job")
+    backing_file: Text | None = Field(
+        default=None, description="what the header above `top` is to say; null: chosen by the service"
+    )
+    callback: None = Field(default=None, description="a webhook for this job alone; not available yet")
+
+    @field_validator("callback", mode="before")
+    @classmethod
+    def _no_callback(cls, value: object) -> None:
+        if value is not None:
+            raise PydanticCustomError("callback", "webhooks are not available yet; leave the field out")
+
+
+class PatchJobIn(In):
+    """Another speed for a job."""
+
+    bandwidth: Bandwidth
+    flags: Flags = Field(default=[], description="`bandwidth_bytes` 16, or none")
+
+
+class MonitorIn(In):
+    """Where the domain's monitor listens: a unix socket, or host and port."""
+
+    unix: AbsolutePath | None = None
+    tcp: Text | None = Field(default=None, description="`host:port`, a numeric IPv6 host in brackets")
+
+    @field_validator("unix")
+    @classmethod
+    def _fits(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) > UNIX_PATH_MAX:
+            raise PydanticCustomError("unix_path", "a unix socket's path has at most 107 bytes")
+        return value
+
+    @field_validator("tcp")
+    @classmethod
+    def _has_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                host_and_port(value)
+            except ValueError as error:
+                raise PydanticCustomError("host_port", "{reason}", {"reason": str(error)}) from error
+        return value
+
+    @model_validator(mode="after")
+    def _only_one(self) -> Self:
+        if (self.unix is None) == (self.tcp is None):
+            raise PydanticCustomError("monitor", "expected either `unix` or `tcp`")
+        return self
+
+    @property
+    def address(self) -> Address:
+        """As the engine has it."""
+        return Address(unix=self.unix, tcp=host_and_port(self.tcp) if self.tcp else None)
+
+
+class DiskIn(In):
+    """The active layer's image of a disk, for work while the domain is off."""
+
+    image: AbsolutePath
+
+
+class DomainIn(In):
+    """A registration."""
+
+    qmp: MonitorIn | None = None
+    disks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], DiskIn] | None = Field(
+        default=None, description="images by target name, such as `vda`"
+    )
+    allow_managed: StrictBool = Field(default=False, description="allow changes although libvirt manages the domain")
+
+    def registration(self, domain: str) -> Registration:
+        """As the engine has it."""
+        return Registration(
+            id=domain,
+            address=self.qmp.address if self.qmp else None,
+            disks={name: disk.image for name, disk in (self.disks or {}).items()},
+            allow_managed=self.allow_managed,
+        )

@@ -1,0 +1,57 @@
+"""Events as CloudEvents (version 1.0), in the words of streams, histories and webhooks alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Final, Literal
+from urllib.parse import quote
+
+from pydantic import Field
+
+from app.api.schemas import Out, timestamp
+from app.core.job import EventType
+from app.engine.hub import RESET
+from app.engine.ports import DomainEvent, StoredEvent
+
+TYPES: Final = frozenset({*(type_.value for type_ in (*EventType, *DomainEvent)), "job.adopted", RESET})
+"""Every type of event."""
+
+
+class EventOut(Out):
+    """An event. `job.progress` has no id, `stream.reset` neither subject nor time."""
+
+    specversion: Literal["1.0"]
+    id: str | None = None
+    source: str
+    type: str
+    subject: str | None = None
+    time: str | None = None
+    datacontenttype: Literal["application/json"]
+    data: dict[str, object] = Field(description="the job, or the domain")
+
+
+class Events(Out):
+    """A page of events, oldest first."""
+
+    items: Sequence[EventOut]
+    next: str | None
+
+
+def event_json(event: StoredEvent) -> str:
+    """The JSON text of an event; its data goes in word for word, as it was stored."""
+    source = f"/domains/{quote(event.domain, safe='')}" if event.domain else "/"
+    if event.disk is not None:
+        source += f"/disks/{quote(event.disk, safe='')}"
+    subject = f"jobs/{event.job_id}" if event.job_id else f"domains/{event.domain}" if event.domain else None
+    attributes = {
+        "specversion": "1.0",
+        "id": None if event.id is None else str(event.id),
+        "source": source,
+        "type": event.type,
+        "subject": subject,
+        "time": timestamp(event.time) if event.time else None,
+        "datacontenttype": "application/json",
+    }
+    known = json.dumps({name: value for name, value in attributes.items() if value is not None})
+    return f'{known[:-1]}, "data": {event.data}}}'

@@ -1,0 +1,85 @@
+"""Disks: their chains, and the merge of layers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Query, Response
+
+from app.api.auth import Guarded, Operator, Reader
+from app.api.bodies import CommitIn
+from app.api.codes import refusals
+from app.api.jobs import job_response
+from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
+from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
+from app.core.errors import Code, Problem, Refused
+from app.core.plan import commit_request
+
+router = APIRouter(route_class=Guarded, tags=["disks"])
+
+MONITOR = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
+DISK = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
+COMMIT = (
+    *CHANGES,
+    Code.SHALLOW_WITH_BASE,
+    *DISK,
+    Code.DOMAIN_MANAGED_ELSEWHERE,
+    Code.NOT_SUPPORTED,
+    Code.DISK_EMPTY,
+    Code.JOB_CONFLICT,
+    Code.TOP_NOT_FOUND,
+    Code.BASE_NOT_FOUND,
+    Code.BASE_NOT_BELOW_TOP,
+    Code.NO_BACKING,
+    Code.ACTIVE_FLAG_REQUIRED,
+    Code.TOP_NOT_ACTIVE,
+    Code.DELETE_WITH_KEEP,
+    Code.RELATIVE_IMPOSSIBLE,
+    Code.TEMPORARY_OVERLAY,
+    Code.IMAGE_SHARED,
+    Code.IMAGE_LOCKED,
+    Code.INSUFFICIENT_STORAGE,
+    Code.QEMU_ERROR,
+)
+
+
+@router.get("/domains/{domain}/disks", operation_id="listDisks", responses=refusals(*READS, *MONITOR))
+async def list_disks(domain: DomainId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Disks:
+    """The disks of a domain, by target name, with their chains."""
+    views, following = page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
+    return Disks(items=[disk_out(view) for view in views], next=following)
+
+
+@router.post(
+    "/domains/{domain}/disks/{disk:path}/commit",
+    operation_id="commitBlocks",
+    status_code=202,
+    response_model=JobOut,
+    responses={200: {"model": PlanOut, "description": "The plan, with `dry_run=true`"}, **refusals(*COMMIT)},
+)
+async def commit_blocks(
+    domain: DomainId,
+    disk: DiskName,
+    body: Annotated[CommitIn, Body(default_factory=CommitIn)],
+    who: Operator,
+    use: UseCases,
+    *,
+    dry_run: Annotated[bool, Query(description="change nothing, and answer with the plan")] = False,
+) -> Response:
+    """Merge the layers from `top` down to the one above `base` into `base`, while the guest runs."""
+    request = commit_request(**body.model_dump(exclude={"callback"}))
+    if isinstance(request, Problem):
+        raise Refused(request)
+    if dry_run:
+        plan = plan_out(await use.plan_commit(domain, disk, request))
+        return Response(plan.model_dump_json(), media_type="application/json")
+    job = await use.commit(domain, disk, request, who=who.name)
+    return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
+
+
+@router.get("/domains/{domain}/disks/{disk:path}", operation_id="getDisk", responses=refusals(*READS, *DISK))
+async def get_disk(domain: DomainId, disk: DiskName, _who: Reader, use: UseCases, response: Response) -> DiskOut:
+    """One disk and its chain. The `ETag` is the chain's digest."""
+    found = disk_out(await use.disk(domain, disk))
+    response.headers["ETag"] = f'"{found.digest}"'
+    return found

@@ -1,0 +1,125 @@
+"""Streams of server-sent events.
+
+The 200 of a stream is sent before its first event is known, so all that can be refused is refused in dependencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from app.api.auth import Guarded, Reader
+from app.api.cloudevents import TYPES, event_json
+from app.api.codes import refusals
+from app.api.problems import invalid_parameter
+from app.api.requests import INTEGER_MAX, READS, DomainId, JobId, UseCases
+from app.core.errors import Code, Refused
+from app.engine.ports import EventFilter, StoredEvent
+from app.engine.service import Service
+
+router = APIRouter(route_class=Guarded, tags=["events"])
+
+STREAM = (*READS, Code.TOO_MANY_REQUESTS, Code.SHUTTING_DOWN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a stream is to send: which events, and those after which id (None: from now on)."""
+
+    filter: EventFilter
+    after: int | None
+
+
+def _wanted(
+    last_event_id: Annotated[
+        int | None,
+        Header(
+            alias="Last-Event-ID", ge=0, le=INTEGER_MAX, description="the last event that was got; goes before `after`"
+        ),
+    ] = None,
+    after: Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="send the events after this one")] = None,
+    types: Annotated[str | None, Query(description="types of events, with commas in between; all by default")] = None,
+) -> Wanted:
+    names: frozenset[str] = frozenset(() if types is None else types.split(","))
+    if unknown := sorted(names - TYPES):
+        expected = ", ".join(sorted(TYPES))
+        raise Refused(invalid_parameter("types", f"unknown type {unknown[0]!r}; expected some of {expected}"))
+    return Wanted(filter=EventFilter(types=names), after=after if last_event_id is None else last_event_id)
+
+
+Asked = Annotated[Wanted, Depends(_wanted)]
+Events = AsyncGenerator[StoredEvent | None]
+
+
+@asynccontextmanager
+async def _open(use: Service, wanted: Wanted, *, whole_job: bool = False) -> AsyncGenerator[Events]:
+    await use.check_stream(wanted.filter)
+    # Closed here and not by the route, which is simply dropped when its client goes.
+    async with aclosing(use.hub.stream(wanted.filter, after=wanted.after, whole_job=whole_job)) as events:
+        yield events
+
+
+async def _everything(wanted: Asked, use: UseCases) -> AsyncGenerator[Events]:
+    async with _open(use, wanted) as events:
+        yield events
+
+
+async def _of_domain(domain: DomainId, wanted: Asked, use: UseCases) -> AsyncGenerator[Events]:
+    of_domain = replace(wanted, filter=replace(wanted.filter, domain=domain))
+    async with _open(use, of_domain) as events:
+        yield events
+
+
+async def _of_job(job_id: JobId, wanted: Asked, use: UseCases) -> AsyncGenerator[Events]:
+    of_job = replace(wanted, filter=replace(wanted.filter, job_id=job_id))
+    async with _open(use, of_job, whole_job=True) as events:
+        yield events
+
+
+def _sent(event: StoredEvent | None) -> ServerSentEvent:
+    if event is None:
+        return ServerSentEvent(comment="idle")
+    id_ = None if event.id is None else str(event.id)
+    return ServerSentEvent(raw_data=event_json(event), event=event.type, id=id_)
+
+
+@router.get("/events", operation_id="streamEvents", response_class=EventSourceResponse, responses=refusals(*STREAM))
+async def stream_events(
+    _who: Reader, events: Annotated[Events, Depends(_everything)]
+) -> AsyncIterator[ServerSentEvent]:
+    """Every event, from now on or after the last one that was got."""
+    async for event in events:
+        yield _sent(event)
+
+
+@router.get(
+    "/domains/{domain}/events",
+    operation_id="streamDomainEvents",
+    response_class=EventSourceResponse,
+    responses=refusals(*STREAM, Code.DOMAIN_NOT_FOUND),
+)
+async def stream_domain_events(
+    _who: Reader, events: Annotated[Events, Depends(_of_domain)]
+) -> AsyncIterator[ServerSentEvent]:
+    """The events of a domain and its jobs, from now on or after the last one that was got."""
+    async for event in events:
+        yield _sent(event)
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    operation_id="streamJobEvents",
+    response_class=EventSourceResponse,
+    responses=refusals(*STREAM, Code.JOB_NOT_FOUND),
+)
+async def stream_job_events(
+    _who: Reader, events: Annotated[Events, Depends(_of_job)]
+) -> AsyncIterator[ServerSentEvent]:
+    """The events of a job from its first one on; the stream ends after its last."""
+    async for event in events:
+        yield _sent(event)

@@ -1,0 +1,74 @@
+"""Figures for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.core.job import ENDED, State
+from app.engine.service import Service
+from app.engine.views import DomainState
+
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Metrics:
+    """Requests as they are answered, and the service's own figures at the moment they are asked for."""
+
+    def __init__(self, service: Service | None, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "blockjobd_http_requests",
+            "Requests by route, method and status",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "blockjobd_http_request_seconds",
+            "Time to answer a request, event streams left out",
+            ["route", "method"],
+            registry=self.registry,
+        )
+        self.registry.register(_Figures(service, version))
+
+    def answered(self, *, route: str, method: str, status: int, seconds: float | None) -> None:
+        """Count a request; `route` is a template, `seconds` None for a stream."""
+        known = method if method in METHODS else "other"
+        self._requests.labels(route, known, str(status)).inc()
+        if seconds is not None:
+            self._seconds.labels(route, known).observe(seconds)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus's text format (version 0.0.4)."""
+        return generate_latest(self.registry)
+
+
+class _Figures(Collector):
+    def __init__(self, service: Service | None, version: str) -> None:
+        self._service = service
+        self._version = version
+
+    def describe(self) -> list[Metric]:
+        """Nothing ahead of time: the registry would ask the service before it runs."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures as they are now."""
+        yield InfoMetricFamily("blockjobd", "The service", {"version": self._version})
+        if self._service is None:
+            return
+        counts = self._service.counts()
+        jobs = GaugeMetricFamily("blockjobd_jobs", "Unfinished jobs by state", labels=["state"])
+        for state in State:
+            if state not in ENDED:
+                jobs.add_metric([state.value], counts.jobs.get(state.value, 0))
+        yield jobs
+        domains = GaugeMetricFamily("blockjobd_domains", "Known domains by state", labels=["state"])
+        for condition in DomainState:
+            domains.add_metric([condition.value], counts.domains.get(condition.value, 0))
+        yield domains
+        yield GaugeMetricFamily("blockjobd_event_subscribers", "Open event streams", counts.subscribers)

@@ -1,0 +1,109 @@
+"""What is known of each request afterwards: its id, a line in the log, and a count."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final, cast
+
+import structlog
+from fastapi import Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.metrics import Metrics
+from app.api.problems import internal_error, path_of
+from app.engine.ports import Token
+
+STALLED: Final = 60.0
+"""Seconds for which a client may take nothing of what it is sent, before it is disconnected."""
+
+ABORT: Final = "blockjobd.abort"
+"""The name of an extension of the scope (ASGI, "Extensions"): a function that cuts the connection."""
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})
+"""Routes that are asked all the time; they stand in the log only when they fail."""
+
+log = structlog.stdlib.get_logger("blockjobd.http")
+
+
+class Observed:
+    """ASGI middleware: gives each request an id, answers faults with a 500, logs and counts."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        answer = _Answer(scope, send, request_id)
+        begin = time.perf_counter()
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, answer.send)
+            except Exception:
+                log.exception("a request met a fault", method=request.method, path=path_of(request))
+                if answer.status is not None:
+                    raise
+                await internal_error(request, request_id)(scope, receive, answer.send)
+            finally:
+                self._note(request, answer, time.perf_counter() - begin)
+
+    def _note(self, request: Request, answer: _Answer, seconds: float) -> None:
+        template = cast(str, getattr(request.scope.get("route"), "path_format", "none"))
+        status = answer.status or 499
+        self._metrics.answered(
+            route=template, method=request.method, status=status, seconds=None if answer.stream else seconds
+        )
+        if template in QUIET and status < 400:
+            return
+        token = cast("Token | None", getattr(request.state, "token", None))
+        log.info(
+            "request",
+            method=request.method,
+            path=path_of(request),
+            status=status,
+            ms=round(seconds * 1000, 1),
+            token=token.name if token else None,
+        )
+
+
+class _Answer:
+    """Passes an answer on, with the id of its request, and keeps what is to be known of it."""
+
+    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+        self._scope = scope
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+        self.stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = cast(int, message["status"])
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self._request_id
+            self.stream = headers.get("content-type", "").startswith("text/event-stream")
+        timer = asyncio.get_running_loop().call_later(STALLED, self._disconnect)
+        try:
+            await self._send(message)
+        finally:
+            timer.cancel()
+
+    def _disconnect(self) -> None:
+        # Ends the waiting `send`, and with it the answer, as if the client had gone.
+        log.warning("a client takes nothing and is disconnected", seconds=STALLED, request_id=self._request_id)
+        abort = cast("Callable[[], None] | None", self._scope.get("extensions", {}).get(ABORT))
+        if abort is not None:
+            abort()

@@ -1,0 +1,55 @@
+"""What routes take from their requests besides the body, and how lists are cut into pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Final, TypeVar, cast
+
+from fastapi import Depends, Path, Query, Request
+from pydantic import AfterValidator
+
+from app.core.errors import Code
+from app.engine.service import Service
+
+INTEGER_MAX: Final = 2**63 - 1
+"""The largest integer that the journal can hold."""
+
+READS: Final = (Code.UNAUTHENTICATED, Code.INVALID_REQUEST, Code.INTERNAL_ERROR)
+"""What any read may be refused with."""
+
+CHANGES: Final = (*READS, Code.OPERATION_DENIED, Code.PAYLOAD_TOO_LARGE, Code.SHUTTING_DOWN, Code.JOURNAL_FULL)
+"""What any change may be refused with."""
+
+
+def _use_cases(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    return value
+
+
+UseCases = Annotated[Service, Depends(_use_cases)]
+DomainId = Annotated[str, Path(description="the domain's id"), AfterValidator(_no_nul)]
+DiskName = Annotated[
+    str,
+    Path(description="target name, qdev id, drive id, node-name, or an image's percent-encoded path"),
+    AfterValidator(_no_nul),
+]
+JobId = Annotated[str, Path(description="the job's id"), AfterValidator(_no_nul)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="how many items at most")]
+Cursor = Annotated[str | None, Query(description="`next` of the page before")]
+NumberCursor = Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="`next` of the page before")]
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", str, int)
+
+
+def page(
+    items: Sequence[Item], key: Callable[[Item], Key], *, after: Key | None, limit: int
+) -> tuple[Sequence[Item], str | None]:
+    """Up to `limit` of the items whose key is above `after`, in the order of their keys, and the next cursor."""
+    rest = sorted((item for item in items if after is None or key(item) > after), key=key)
+    return rest[:limit], str(key(rest[limit - 1])) if len(rest) > limit else None

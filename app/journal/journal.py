@@ -1,0 +1,326 @@
+"""The engine's journal in SQLite.
+
+One thread writes, another one reads, each with a connection of its own, so the event loop never waits for the disk. A
+write is one hop to its thread with a whole transaction in it. Writes wait their turn without a bound of their own: each
+has a caller that waits for it, so there are as many as there are callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from app.core.job import Job, Told
+from app.engine.ports import (
+    Clock,
+    DomainEvent,
+    EventFilter,
+    JobConflict,
+    JobFilter,
+    JournalFull,
+    Registration,
+    StoredEvent,
+)
+from app.engine.views import Render
+from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
+from app.journal.database import connect, connect_to_read, transaction
+
+PRUNED_EVENTS: Final = 500
+"""Events of domains that one transaction deletes, so that no other write waits long."""
+
+PRUNED_JOBS: Final = 50
+"""Jobs that one transaction deletes, each with its handful of events."""
+
+T = TypeVar("T")
+Publish = Callable[[Sequence[StoredEvent]], None]
+
+
+class LostUpdate(Exception):
+    """A version of a job does not follow the stored one: two writers worked on it, or one on an old copy."""
+
+
+class SqliteJournal:
+    """The `Journal` of a state directory.
+
+    A write that was asked for is done even if the task that waits for it is canceled. Reads see every write that has
+    returned. What is raised beside the port's errors is a mistake of ours (`LostUpdate`, `sqlite3.IntegrityError`) or a
+    file that can't be read (`sqlite3.Error`).
+    """
+
+    def __init__(self, writing: sqlite3.Connection, reading: sqlite3.Connection, render: Render, clock: Clock) -> None:
+        self._writing = writing
+        self._reading = reading
+        self._render = render
+        self._clock = clock
+        self._publish: Publish | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-write")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-read")
+
+    @classmethod
+    def open(cls, state_dir: Path, render: Render, clock: Clock) -> SqliteJournal:
+        """The journal in `state_dir`, which is made if it is missing.
+
+        Blocks while the schema is brought up to date. Raises as `app.journal.database.connect` does. The caller holds
+        `app.journal.lock.locked`.
+        """
+        writing = connect(state_dir)
+        try:
+            return cls(writing, connect_to_read(state_dir), render, clock)
+        except BaseException:
+            writing.close()
+            raise
+
+    def close(self) -> None:
+        """Finish the writes that were asked for, and let go of the file; blocks until then."""
+        self._writer.shutdown()
+        self._reader.shutdown()
+        self._reading.close()
+        with suppress(sqlite3.Error):
+            # So that what is left is one file. Where there is no room for it, the next start does it.
+            self._writing.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._writing.close()
+
+    def listen(self, publish: Publish) -> None:
+        """Have `publish` called on the event loop with each transaction's events, in the order of their ids."""
+        self._publish = publish
+
+    # Writes -------------------------------------------------------------------------------------------------------
+
+    async def add_job(self, told: Sequence[Told]) -> None:
+        """Store a new job, version by version; raises `JobConflict` where the disk has an unfinished one."""
+        first = told[0]
+
+        def add(connection: sqlite3.Connection, events: list[StoredEvent]) -> None:
+            try:
+                connection.execute("INSERT INTO jobs (id, body) VALUES (?, ?)", (first.job.id, encode_job(first.job)))
+            except sqlite3.IntegrityError as error:
+                row = connection.execute(
+                    "SELECT id FROM jobs WHERE domain = ? AND disk = ? AND ended = 0",
+                    (first.job.domain, first.job.disk),
+                ).fetchone()
+                if row is None:
+                    raise
+                raise JobConflict(row[0]) from error
+            self._tell(connection, first, events)
+            self._update(connection, told[1:], events)
+
+        await self._write(add)
+
+    async def store(self, told: Sequence[Told]) -> None:
+        """Store versions of one job, in order, each with its event if it has one.
+
+        Raises `LostUpdate` where the first is not the one after the stored version; nothing is stored then.
+        """
+        await self._write(lambda connection, events: self._update(connection, told, events))
+
+    async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
+        """Store an event of a domain; `data` is the JSON text of its data."""
+        await self._write(
+            lambda connection, events: events.append(
+                self._event(connection, type_.value, domain=domain, disk=None, job_id=None, data=data)
+            )
+        )
+
+    async def register(self, registration: Registration) -> None:
+        """Keep a registration, in place of an earlier one of the same id."""
+        await self._write(
+            lambda connection, _events: connection.execute(
+                "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+                (registration.id, encode_registration(registration)),
+            )
+        )
+
+    async def unregister(self, domain: str) -> None:
+        """Forget a registration; one that is not there is no error."""
+        await self._write(lambda connection, _events: connection.execute("DELETE FROM domains WHERE id = ?", (domain,)))
+
+    async def prune(self, before: int) -> None:
+        """Delete what is from before that time (ms since 1970): jobs that ended, with their events; events of domains.
+
+        An event of a job goes with its job, so events that are older than the last pruned one may be left.
+        Done in many short transactions, between which others write.
+        """
+        while await self._write(
+            lambda connection, _events: (
+                connection.execute(
+                    "DELETE FROM events WHERE id IN"
+                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ? ORDER BY id LIMIT ?)",
+                    (before, PRUNED_EVENTS),
+                ).rowcount
+            )
+        ):
+            pass
+        while await self._write(
+            lambda connection, _events: (
+                connection.execute(
+                    "DELETE FROM jobs WHERE seq IN"
+                    " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ? ORDER BY seq LIMIT ?)",
+                    (before, PRUNED_JOBS),
+                ).rowcount
+            )
+        ):
+            pass
+
+    async def check(self) -> str | None:
+        """None if the journal can be written, which is tried, else why not."""
+        try:
+            # A value that changes each time: SQLite writes nothing for an update that changes nothing.
+            await self._write(
+                lambda connection, _events: connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'checks'")
+            )
+        except JournalFull as error:
+            return str(error)
+        return None
+
+    # Reads --------------------------------------------------------------------------------------------------------
+
+    async def job(self, job_id: str) -> Job | None:
+        """The last stored version of a job."""
+        rows = await self._read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
+        return decode_job(rows[0][0]) if rows else None
+
+    async def unfinished(self) -> Sequence[Job]:
+        """Every job that has not ended, oldest first."""
+        return [decode_job(body) for (body,) in await self._read("SELECT body FROM jobs WHERE ended = 0 ORDER BY seq")]
+
+    async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
+        """Jobs, newest first, and the cursor of the next page (None: there is none)."""
+        where = _where(
+            {
+                "domain = :domain": wanted.domain is not None,
+                "disk = :disk": wanted.disk is not None,
+                "state = :state": wanted.state is not None,
+                "ended = :ended": wanted.active is not None,
+                "seq < :before": wanted.before is not None,
+            }
+        )
+        rows = await self._read(
+            f"SELECT seq, body FROM jobs {where} ORDER BY seq DESC LIMIT :limit + 1",  # noqa: S608  # constants only
+            {
+                "domain": wanted.domain,
+                "disk": wanted.disk,
+                "state": wanted.state,
+                "ended": not wanted.active,
+                "before": wanted.before,
+                "limit": wanted.limit,
+            },
+        )
+        page = rows[: wanted.limit]
+        return [decode_job(body) for _, body in page], page[-1][0] if len(rows) > len(page) else None
+
+    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
+        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""
+        rows = await self._read(
+            "SELECT body FROM jobs WHERE domain = :domain AND disk = :disk AND ended = 1"
+            " AND (data_state = 'base-modified' OR (state = 'completed' AND intent = 'keep')) ORDER BY seq",
+            {"domain": domain, "disk": disk},
+        )
+        return [decode_job(body) for (body,) in rows]
+
+    async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
+        """Stored events with an id above `after`, oldest first."""
+        where = _where(
+            {
+                "id > :after": True,
+                "job_id = :job_id": wanted.job_id is not None,
+                "domain = :domain": wanted.domain is not None,
+                "type IN (SELECT value FROM json_each(:types))": bool(wanted.types),
+            }
+        )
+        columns = "id, type, time, domain, disk, job_id, data"
+        rows = await self._read(
+            f"SELECT {columns} FROM events {where} ORDER BY id LIMIT :limit",  # noqa: S608  # constants only
+            {
+                "after": after,
+                "job_id": wanted.job_id,
+                "domain": wanted.domain,
+                "types": json.dumps(sorted(wanted.types)),
+                "limit": limit,
+            },
+        )
+        return [
+            StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
+            for id_, type_, time, domain, disk, job_id, data in rows
+        ]
+
+    async def event_bounds(self) -> tuple[int, int]:
+        """(id of the last event that was pruned, id of the last event); 0 where there is none."""
+        ((pruned, last),) = await self._read(
+            "SELECT value, max(value, (SELECT coalesce(max(id), 0) FROM events)) FROM meta WHERE key = 'pruned'"
+        )
+        return pruned, last
+
+    async def registrations(self) -> Sequence[Registration]:
+        """The domains that were registered, by id."""
+        return [decode_registration(body) for (body,) in await self._read("SELECT body FROM domains ORDER BY id")]
+
+    # How ----------------------------------------------------------------------------------------------------------
+
+    def _update(self, connection: sqlite3.Connection, told: Sequence[Told], events: list[StoredEvent]) -> None:
+        for each in told:
+            job = each.job
+            changed = connection.execute(
+                "UPDATE jobs SET body = ? WHERE id = ? AND version = ? AND ended = 0",
+                (encode_job(job), job.id, job.version - 1),
+            ).rowcount
+            if not changed:
+                raise LostUpdate(f"version {job.version} of the job {job.id} does not follow the stored one")
+            self._tell(connection, each, events)
+
+    def _tell(self, connection: sqlite3.Connection, told: Told, events: list[StoredEvent]) -> None:
+        if told.type is not None:
+            job = told.job
+            data = self._render.job(job)
+            event = self._event(connection, told.type.value, domain=job.domain, disk=job.disk, job_id=job.id, data=data)
+            events.append(event)
+
+    def _event(
+        self,
+        connection: sqlite3.Connection,
+        type_: str,
+        *,
+        domain: str,
+        disk: str | None,
+        job_id: str | None,
+        data: str,
+    ) -> StoredEvent:
+        time = self._clock.now()
+        id_ = connection.execute(
+            "INSERT INTO events (type, time, domain, disk, job_id, data) VALUES (?, ?, ?, ?, ?, ?)",
+            (type_, time, domain, disk, job_id, data),
+        ).lastrowid
+        return StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
+
+    async def _write(self, work: Callable[[sqlite3.Connection, list[StoredEvent]], T]) -> T:
+        loop = asyncio.get_running_loop()
+
+        def hop() -> T:
+            events: list[StoredEvent] = []
+            with transaction(self._writing):
+                done = work(self._writing, events)
+            if events and self._publish:
+                # From this thread, so that the loop hears of transactions in the order of their commits. A loop that
+                # has ended meanwhile has no subscribers left.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._publish, events)
+            return done
+
+        return await asyncio.shield(loop.run_in_executor(self._writer, hop))
+
+    async def _read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+        def hop() -> list[tuple[Any, ...]]:
+            return self._reading.execute(query, values or {}).fetchall()
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, hop)
+
+
+def _where(conditions: Mapping[str, bool]) -> str:
+    """The conditions that apply, as SQL, so that each query finds its index."""
+    chosen = [text for text, applies in conditions.items() if applies]
+    return f"WHERE {' AND '.join(chosen)}" if chosen else ""

@@ -1,0 +1,143 @@
+"""One connection to a QMP monitor: commands that are time-boxed, and the events that say that something happened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final, cast
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.message import Message
+
+from app.core.errors import qemu_problem
+from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
+from app.qemu.process import is_stopped
+
+REPLY_MAX: Final = 64 << 20
+"""The longest reply that is read, in bytes; QEMU's own limit for a request."""
+
+GREETING: Final = 5.0
+"""Seconds in which a monitor that is free sends its greeting."""
+
+Reply = Any
+"""A command's `return`, as QAPI says."""
+
+# Every refused command and lost connection is an error to that library's logger; here they are told where they matter.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+class _Client(QMPClient):
+    """A client that hands its events on and keeps none: the library's listeners keep all of them for ever."""
+
+    def __init__(self, sink: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(readbuflen=REPLY_MAX)
+        self._sink = sink
+
+    async def _event_dispatch(self, msg: Message) -> None:
+        self._sink(cast("Mapping[str, Any]", msg))
+
+
+class Connection:
+    """An open monitor. `pid` is that of the process that listens there, where the kernel tells."""
+
+    def __init__(self, client: QMPClient, pid: int | None, patience: float, hint: Callable[[], None]) -> None:
+        self.pid = pid
+        self._client = client
+        self._patience = patience
+        self._watch = asyncio.create_task(self._watch_end(hint))
+
+    @classmethod
+    async def open(
+        cls, address: Address, patience: float, sink: Callable[[Mapping[str, Any]], None], hint: Callable[[], None]
+    ) -> Connection:
+        """Connect and negotiate; raises `Unreachable` or `Busy`."""
+        client = _Client(sink)
+        greeting = min(GREETING, patience)
+        pid: int | None = None
+        try:
+            async with asyncio.timeout(greeting):
+                if address.unix is not None:
+                    sock = await _connect_unix(address.unix)
+                    pid = _peer(sock)
+                    await client.connect(sock)
+                else:
+                    assert address.tcp is not None
+                    await client.connect(address.tcp)
+        except TimeoutError:
+            await _disconnect(client)
+            if pid is not None and is_stopped(pid):
+                raise Unreachable(f"the process {pid} behind the monitor is stopped") from None
+            raise Busy(
+                f"connected, but no greeting came within {greeting:.0f} s: another client holds the monitor; "
+                "give QEMU a second one (-qmp) for this service"
+            ) from None
+        except OSError as error:
+            await _disconnect(client)
+            raise Unreachable(f"no monitor at {address.unix or address.tcp}: {error.strerror or error}") from error
+        except ConnectError as error:
+            await _disconnect(client)
+            raise Unreachable(f"no QMP at {address.unix or address.tcp}: {error.exc}") from error
+        return cls(client, pid, patience, hint)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands."""
+        return self._client.runstate is Runstate.RUNNING
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """QEMU's version, as the greeting gave it (QAPI `VersionInfo`)."""
+        greeting = self._client.greeting
+        return cast("Mapping[str, Any]", greeting.QMP.version) if greeting else {}
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Reply:
+        """A command's reply; raises `Declined`, `Unanswered` (unknown whether it took effect) or `Unreachable`."""
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._client.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise Declined(qemu_problem(error.error_class, str(error), doing=command)) from error
+        except TimeoutError:
+            raise Unanswered(f"QEMU has not answered {command} for {self._patience:.0f} s") from None
+        except (ExecInterruptedError, QMPError, OSError) as error:
+            raise Unreachable(f"the connection to QEMU ended during {command}") from error
+
+    async def close(self) -> None:
+        """End the connection; never raises."""
+        self._watch.cancel()
+        await asyncio.wait([self._watch])
+        await _disconnect(self._client)
+
+    async def _watch_end(self, hint: Callable[[], None]) -> None:
+        # `runstate_changed` sees only what changes while it waits, so the state is looked at between.
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        hint()
+
+
+async def _connect_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _peer(sock: socket.socket) -> int | None:
+    """The pid of the process that made the listening socket (unix(7), SO_PEERCRED); 0 is another pid namespace."""
+    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid or None
+
+
+async def _disconnect(client: QMPClient) -> None:
+    # It raises again whatever ended the connection; that has been told already.
+    with suppress(Exception):
+        async with asyncio.timeout(2):
+            await client.disconnect()

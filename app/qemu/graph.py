@@ -1,0 +1,178 @@
+"""From QEMU's replies to disks and chains, by node. Nothing here asks QEMU; `app.qemu.monitor` does.
+
+QEMU before 10.1 does not say outright which node is whose child. `query-blockstats` without arguments does so by its
+nesting: every entry has `parent`, the node of its file, and `backing`, the node below. A filter has the node that it
+filters as both.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from app.core.chain import Disk, Layer
+
+Reply = Mapping[str, Any]
+
+FILTERS: Final = frozenset(
+    {
+        "blkdebug",
+        "blklogwrites",
+        "blkreplay",
+        "blkverify",
+        "commit_top",
+        "compress",
+        "copy-before-write",
+        "copy-on-read",
+        "mirror_top",
+        "preallocate",
+        "snapshot-access",
+        "throttle",
+    }
+)
+"""Drivers that pass data through (QAPI `BlockdevDriver`; two are those that jobs insert): no layers."""
+
+SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+LETTERS: Final = 26
+
+
+def bus_prefix(device_type: str | None, controller_type: str | None) -> str:
+    """How target names on the device's bus begin; both are QOM type names, the controller is the bus's owner."""
+    if device_type is None:
+        return "xd"
+    if device_type.startswith("virtio-blk"):
+        return "vd"
+    if device_type.startswith(("scsi-", "usb-")):
+        return "sd"
+    if device_type.startswith("ide-"):
+        return "sd" if controller_type is not None and "ahci" in controller_type else "hd"
+    return "fd" if device_type == "floppy" else "xd"
+
+
+def target_name(prefix: str, number: int) -> str:
+    """The target name of the disk with that number (from 0) on its kind of bus: vda … vdz, vdaa …."""
+    letters = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, LETTERS)
+        letters = chr(ord("a") + letter) + letters
+    return prefix + letters
+
+
+def read_disks(
+    *,
+    blocks: Sequence[Reply],
+    stats: Sequence[Reply],
+    nodes: Sequence[Reply],
+    graph: Reply | None,
+    prefixes: Mapping[str, str],
+    folder: str | None,
+) -> tuple[Disk, ...]:
+    """The disks, in QEMU's order.
+
+    `blocks`, `stats`, `nodes` are what query-block, query-blockstats and query-named-block-nodes (flat) return,
+    `graph` what x-debug-query-block-graph does (None: no job runs). `prefixes` maps a device (as query-block names it)
+    to the beginning of its target name; `folder` is QEMU's working directory.
+    """
+    by_name = {node["node-name"]: node for node in nodes}
+    by_backend = {(entry.get("device", ""), entry.get("qdev")): entry for entry in stats}
+    counts: dict[str, int] = {}
+    disks: list[Disk] = []
+    for block in blocks:
+        backend, qdev = block.get("device", ""), block.get("qdev")
+        prefix = prefixes.get(qdev or "", "xd")
+        name = target_name(prefix, counts.get(prefix, 0))
+        counts[prefix] = counts.get(prefix, 0) + 1
+        inserted = block.get("inserted")
+        root = by_backend.get((backend, qdev)) if inserted else None
+        node = inserted["node-name"] if inserted else None
+        aliases = [alias for alias in (device_id(qdev), backend, node) if alias and alias != name]
+        disks.append(
+            Disk(
+                name=name,
+                aliases=tuple(dict.fromkeys(aliases)),
+                node=node,
+                backend=backend or None,
+                qdev=qdev,
+                read_only=bool(inserted and inserted["ro"]),
+                layers=_layers(root, by_name, folder) if root else (),
+                running_jobs=_jobs_on(graph, qdev or backend) if graph else (),
+            )
+        )
+    return tuple(disks)
+
+
+def device_id(qdev: str | None) -> str | None:
+    """The id that the device was given, from how query-block names it: the id itself, or a QOM path."""
+    if qdev is None or not qdev.startswith("/"):
+        return qdev
+    parts = qdev.split("/")
+    return parts[3] if parts[1:3] == ["machine", "peripheral"] else None
+
+
+def _layers(root: Reply, nodes: Mapping[str, Reply], folder: str | None) -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    filters: list[str] = []
+    at: Reply | None = root
+    while at is not None and at.get("node-name") in nodes:
+        node = nodes[at["node-name"]]
+        if node["drv"] in FILTERS:
+            filters.append(node["node-name"])
+            at = at.get("backing") or at.get("parent")
+            continue
+        below = list(_below(at))
+        carrier = nodes.get(below[-1], node) if below else node
+        image = node["image"]
+        layers.append(
+            Layer(
+                file=_path(carrier["file"], folder),
+                format=node["drv"],
+                node=node["node-name"],
+                virtual_size=image["virtual-size"],
+                actual_size=image.get("actual-size", 0),
+                backing=image.get("backing-filename"),
+                backing_format=image.get("backing-filename-format"),
+                cluster_size=image.get("cluster-size", 65536),
+                filters=tuple(filters),
+                below=tuple(below),
+            )
+        )
+        filters = []
+        at = at.get("backing")
+    return tuple(layers)
+
+
+def _below(at: Reply) -> Iterable[str]:
+    carrier: Reply | None = at.get("parent")
+    while carrier is not None:
+        if "node-name" in carrier:
+            yield carrier["node-name"]
+        carrier = carrier.get("parent")
+
+
+def _path(file: str, folder: str | None) -> str:
+    if file.startswith("/") or SCHEME.match(file) or folder is None:
+        return file
+    return posixpath.normpath(posixpath.join(folder, file))
+
+
+def _jobs_on(graph: Reply, backend: str) -> tuple[str, ...]:
+    """The jobs that use a node which the disk's chain consists of, filters of jobs among them."""
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    children: dict[int, list[int]] = {}
+    for edge in graph["edges"]:
+        children.setdefault(edge["parent"], []).append(edge["child"])
+    reached: set[int] = set()
+    todo = [id_ for id_, node in nodes.items() if node["type"] == "block-backend" and node["name"] == backend]
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            if child not in reached:
+                reached.add(child)
+                todo.append(child)
+    return tuple(
+        node["name"]
+        for id_, node in nodes.items()
+        if node["type"] == "block-job" and reached.intersection(children.get(id_, ()))
+    )

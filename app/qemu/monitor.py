@@ -1,0 +1,299 @@
+"""QEMU as the engine sees it: disks, jobs, and what to do with them, over one QMP connection."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+import structlog
+
+from app.core.chain import Disk
+from app.core.errors import CANCELED
+from app.core.job import Job, Observed, Process, Progress
+from app.core.qmp import block_commit_arguments
+from app.engine.ports import Address, Declined, QemuFacts
+from app.qemu import graph
+from app.qemu.commands import Connection
+from app.qemu.images import with_files
+from app.qemu.process import alive, folder_of, start_time
+
+log = structlog.get_logger(__name__)
+
+NEEDED: Final = (
+    "block-commit",
+    "block-job-cancel",
+    "block-job-set-speed",
+    "blockdev-del",
+    "job-cancel",
+    "job-complete",
+    "job-dismiss",
+    "job-pause",
+    "job-resume",
+    "qom-get",
+    "query-block",
+    "query-block-jobs",
+    "query-blockstats",
+    "query-jobs",
+    "query-named-block-nodes",
+    "query-status",
+)
+"""The commands without which this service can't work on a domain. A storage daemon lacks query-status."""
+
+LIBVIRT_NODE: Final = re.compile(r"libvirt-\d+-(format|storage)")
+NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+
+HINTS: Final = frozenset(
+    {
+        "BLOCK_IO_ERROR",
+        "BLOCK_JOB_CANCELLED",
+        "BLOCK_JOB_COMPLETED",
+        "BLOCK_JOB_READY",
+        "DEVICE_DELETED",
+        "DEVICE_TRAY_MOVED",
+        "JOB_STATUS_CHANGE",
+        "RESUME",
+        "SHUTDOWN",
+        "STOP",
+    }
+)
+"""Events after which something is worth a look. BLOCK_JOB_ERROR is none: thousands may come, and a pause follows."""
+
+LAST_WORDS_MAX: Final = 256
+
+
+class QmpMonitor:
+    """The `Monitor` port over a QMP connection."""
+
+    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: _Events) -> None:
+        self.facts = facts
+        self._connection = connection
+        self._commands = commands
+        self._events = events
+        self._prefixes: dict[str, str] = {}
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands."""
+        return self._connection.connected
+
+    @property
+    def last_words(self) -> Mapping[str, Observed]:
+        """How jobs ended, by QEMU's events: all there is once QEMU has ended itself."""
+        return self._events.last_words
+
+    async def guest_running(self) -> bool:
+        """Whether the guest's processors run (QAPI `query-status`)."""
+        if "query-status" not in self._commands:
+            return bool(await self._connection.execute("query-commands"))
+        return bool((await self._connection.execute("query-status"))["running"])
+
+    async def disks(self) -> tuple[Disk, ...]:
+        """The domain's disks and their chains, as they are now."""
+        execute = self._connection.execute
+        blocks = await execute("query-block")
+        stats = await execute("query-blockstats")
+        nodes = await execute("query-named-block-nodes", {"flat": True})
+        prefixes = {qdev: await self._prefix(qdev) for block in blocks if (qdev := block.get("qdev"))}
+        running = [job for job in await execute("query-block-jobs") if job["status"] not in ("concluded", "null")]
+        block_graph = None
+        if running and "x-debug-query-block-graph" in self._commands:
+            block_graph = await execute("x-debug-query-block-graph")
+        disks = graph.read_disks(
+            blocks=blocks,
+            stats=stats,
+            nodes=nodes,
+            graph=block_graph,
+            prefixes=prefixes,
+            folder=folder_of(self.facts.process),
+        )
+        if running and block_graph is None:
+            # Nothing says which disk a job works on, so it counts for all of them.
+            ids = tuple(job["device"] for job in running)
+            disks = tuple(replace(disk, running_jobs=ids) for disk in disks)
+        return await asyncio.to_thread(with_files, disks, self.facts.process)
+
+    async def _prefix(self, qdev: str) -> str:
+        prefix = self._prefixes.get(qdev)
+        if prefix is None:
+            path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+            device_type = controller_type = None
+            with suppress(Declined):
+                device_type = await self._property(path, "type")
+                if device_type.startswith("ide-"):
+                    bus = await self._property(path, "parent_bus")
+                    controller_type = await self._property(bus.rpartition("/")[0], "type")
+            prefix = self._prefixes[qdev] = graph.bus_prefix(device_type, controller_type)
+        return prefix
+
+    async def _property(self, path: str, name: str) -> str:
+        return str(await self._connection.execute("qom-get", {"path": path, "property": name}))
+
+    async def jobs(self) -> Mapping[str, Observed]:
+        """Every job that QEMU has, by id (QAPI `query-jobs`, and `query-block-jobs` for I/O errors)."""
+        jobs = await self._connection.execute("query-jobs")
+        if not jobs:
+            return {}
+        blocked = {job["device"]: job["io-status"] for job in await self._connection.execute("query-block-jobs")}
+        return {
+            job["id"]: Observed(
+                status=job["status"],
+                progress=Progress(current=job["current-progress"], end=job["total-progress"]),
+                error=job.get("error"),
+                io_status=blocked.get(job["id"], "ok"),
+            )
+            for job in jobs
+        }
+
+    async def start(self, job: Job) -> None:
+        """Start the job (QAPI `block-commit`)."""
+        work = job.work
+        arguments = block_commit_arguments(
+            device=work.disk_node,
+            top_node=work.nodes[work.top],
+            base_node=work.nodes[work.base],
+            backing_file=work.backing_file,
+            speed=job.bandwidth,
+            on_error=job.on_error.value,
+        )
+        await self._connection.execute("block-commit", {"job-id": job.id} | arguments)
+
+    async def complete(self, job_id: str) -> None:
+        """Ask a ready job to pivot (QAPI `job-complete`)."""
+        await self._connection.execute("job-complete", {"id": job_id})
+
+    async def cancel(self, job_id: str, *, force: bool) -> None:
+        """Cancel (QAPI `block-job-cancel`, or `job-cancel`, which is always by force)."""
+        if force:
+            await self._tolerant("job-cancel", {"id": job_id}, "cannot accept command verb", "not found")
+            return
+        arguments = {"device": job_id}
+        try:
+            await self._tolerant("block-job-cancel", arguments, "cannot accept command verb", "not found")
+        except Declined as declined:
+            if "is currently paused" not in declined.problem.detail:
+                raise
+            await self.resume(job_id)
+            await self._connection.execute("block-job-cancel", arguments)
+
+    async def pause(self, job_id: str) -> None:
+        """Pause at the next possible point (QAPI `job-pause`)."""
+        await self._tolerant("job-pause", {"id": job_id}, "already paused")
+
+    async def resume(self, job_id: str) -> None:
+        """Go on (QAPI `job-resume`)."""
+        await self._tolerant("job-resume", {"id": job_id}, "was not paused")
+
+    async def set_speed(self, job_id: str, bandwidth: int) -> None:
+        """Change the speed, in bytes/s; 0 is no limit (QAPI `block-job-set-speed`)."""
+        await self._connection.execute("block-job-set-speed", {"device": job_id, "speed": bandwidth})
+
+    async def release(self, nodes: Sequence[str]) -> None:
+        """Delete nodes (QAPI `blockdev-del`). Those that QEMU made itself go with the node above them."""
+        for node in nodes:
+            try:
+                await self._connection.execute("blockdev-del", {"node-name": node})
+            except Declined as declined:
+                log.debug("node not deleted", node=node, reason=declined.problem.detail)
+
+    async def dismiss(self, job_id: str) -> None:
+        """Let QEMU forget a concluded job (QAPI `job-dismiss`)."""
+        await self._tolerant("job-dismiss", {"id": job_id}, "not found")
+        self._events.last_words.pop(job_id, None)
+
+    async def close(self) -> None:
+        """End the connection; never raises."""
+        await self._connection.close()
+
+    async def _tolerant(self, command: str, arguments: Mapping[str, object], *harmless: str) -> None:
+        try:
+            await self._connection.execute(command, arguments)
+        except Declined as declined:
+            if not any(text in declined.problem.detail for text in harmless):
+                raise
+
+
+class _Events:
+    """What is taken from QEMU's events: that it is time to look, and how jobs ended."""
+
+    def __init__(self, hint: Callable[[], None]) -> None:
+        self.last_words: dict[str, Observed] = {}
+        self._hint = hint
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        name = event["event"]
+        if name in ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"):
+            data = event["data"]
+            error = CANCELED if name == "BLOCK_JOB_CANCELLED" else data.get("error")
+            if len(self.last_words) >= LAST_WORDS_MAX:
+                self.last_words.pop(next(iter(self.last_words)))
+            progress = Progress(current=data["offset"], end=data["len"])
+            self.last_words[data["device"]] = Observed(status="concluded", progress=progress, error=error)
+        if name in HINTS:
+            self._hint()
+
+
+class QmpConnector:
+    """The `Connector` port; `timeout` is the most seconds that one command may take."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+
+    async def connect(self, address: Address, hint: Callable[[], None]) -> QmpMonitor:
+        """A connection to the monitor at `address`; raises `Unreachable` or `Busy`."""
+        events = _Events(hint)
+        connection = await Connection.open(address, self._timeout, events, hint)
+        try:
+            commands = frozenset(command["name"] for command in await connection.execute("query-commands"))
+            return QmpMonitor(connection, await _facts(connection, commands), commands, events)
+        except BaseException:
+            await connection.close()
+            raise
+
+    def alive(self, process: Process) -> bool | None:
+        """Whether that very process still runs; None where it can't be seen from here."""
+        return alive(process)
+
+
+async def _facts(connection: Connection, commands: frozenset[str]) -> QemuFacts:
+    uuid = await _ask_for(connection, "query-uuid", "UUID")
+    uuid = None if uuid == NO_UUID else uuid
+    number = connection.greeting.get("qemu", {})
+    pid = connection.pid
+    return QemuFacts(
+        name=await _ask_for(connection, "query-name", "name"),
+        uuid=uuid,
+        version=".".join(str(number.get(part, 0)) for part in ("major", "minor", "micro")),
+        process=Process(pid=pid, started=start_time(pid) if pid else None, uuid=uuid),
+        managed_by="libvirt" if await _is_libvirts(connection) else None,
+        missing=tuple(command for command in NEEDED if command not in commands),
+    )
+
+
+async def _is_libvirts(connection: Connection) -> bool:
+    """Whether libvirt started this QEMU: its master key, its monitor, or its names of nodes are there."""
+    objects = await _ask(connection, "qom-list", {"path": "/objects"}) or ()
+    chardevs = await _ask(connection, "query-chardev") or ()
+    nodes = await _ask(connection, "query-named-block-nodes", {"flat": True}) or ()
+    return (
+        any(entry["name"] == "masterKey0" for entry in objects)
+        or any(entry["label"] == "charmonitor" for entry in chardevs)
+        or any(LIBVIRT_NODE.fullmatch(entry["node-name"]) for entry in nodes)
+    )
+
+
+async def _ask_for(connection: Connection, command: str, member: str) -> str | None:
+    """A member of a reply, or None where the program has no such command or no such member."""
+    reply: Mapping[str, Any] | None = await _ask(connection, command)
+    return str(reply[member]) if reply is not None and member in reply else None
+
+
+async def _ask(connection: Connection, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+    """A reply, or None where the program does not have the command."""
+    try:
+        return await connection.execute(command, arguments)
+    except Declined:
+        return None

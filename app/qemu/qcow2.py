@@ -1,0 +1,61 @@
+"""The header of a qcow2 image (docs/interop/qcow2.txt), read without QEMU."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+MAGIC: Final = b"QFI\xfb"
+NAME_MAX: Final = 1023
+"""The longest backing file name, in bytes."""
+
+BACKING_FORMAT: Final = 0xE2792ACA
+"""The header extension that names the format of the backing image."""
+
+
+class NotQcow2(ValueError):
+    """The bytes are no qcow2 header."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a chain needs of a header. Sizes in bytes."""
+
+    virtual_size: int
+    cluster_size: int
+    backing: str | None
+    backing_format: str | None
+
+
+def parse(head: bytes) -> Header:
+    """The header from the first bytes of the file (64 KiB hold all of any header); raises `NotQcow2`."""
+    if len(head) < 72 or head[:4] != MAGIC:
+        raise NotQcow2("the magic bytes of qcow2 are missing")
+    version, name_at, name_length, cluster_bits, virtual_size = struct.unpack_from(">IQIIQ", head, 4)
+    if version not in (2, 3) or not 9 <= cluster_bits <= 21 or name_length > NAME_MAX:
+        raise NotQcow2(f"version {version}, clusters of 2^{cluster_bits}, a name of {name_length} bytes: not a header")
+    if name_at + name_length > len(head):
+        raise NotQcow2("the backing file's name lies outside of the header")
+    try:
+        backing = head[name_at : name_at + name_length].decode() if name_at and name_length else None
+    except UnicodeDecodeError as error:
+        raise NotQcow2("the backing file's name is not UTF-8") from error
+    return Header(
+        virtual_size=virtual_size,
+        cluster_size=1 << cluster_bits,
+        backing=backing,
+        backing_format=_backing_format(head, version),
+    )
+
+
+def _backing_format(head: bytes, version: int) -> str | None:
+    at = struct.unpack_from(">I", head, 100)[0] if version == 3 and len(head) >= 104 else 72
+    while at + 8 <= len(head):
+        kind, length = struct.unpack_from(">II", head, at)
+        if kind == 0:
+            return None
+        if kind == BACKING_FORMAT:
+            return head[at + 8 : at + 8 + length].decode(errors="replace")
+        at += 8 + (length + 7) // 8 * 8
+    return None

@@ -1,0 +1,129 @@
+"""The settings: a TOML file, and the environment, which wins."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+PREFIX: Final = "BLOCKJOBD_"
+
+UNIX_PATH_MAX: Final = 107
+"""The longest path of a unix socket, in bytes (unix(7), `sun_path` without its NUL)."""
+
+
+class SettingsError(Exception):
+    """Settings that can't be used: a line for each wrong one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where the service listens: host and port (0: any free one), or the path of a unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 8470
+    unix: Path | None = None
+
+
+def host_and_port(value: str) -> tuple[str, int]:
+    """`host:port`, or `[ipv6]:port`; raises ValueError."""
+    host, _, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or (":" in bare and bare == host) or not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ValueError("expected host:port")
+    return bare, int(port)
+
+
+def _listen(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.startswith("unix:"):
+        path = Path(value.removeprefix("unix:"))
+        if not path.is_absolute() or len(os.fsencode(path)) > UNIX_PATH_MAX:
+            raise ValueError(f"expected unix: and an absolute path of at most {UNIX_PATH_MAX} bytes")
+        return Listen(unix=path)
+    host, port = host_and_port(value)
+    return Listen(host=host, port=port)
+
+
+def _paths(value: object) -> object:
+    if isinstance(value, str):
+        return json.loads(value) if value.lstrip().startswith("[") else [part for part in value.split(":") if part]
+    return value
+
+
+Folder = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+class Settings(BaseModel):
+    """Everything that can be set. A path that is relative is meant from the working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    listen: Annotated[Listen, BeforeValidator(_listen)] = Listen()
+    state_dir: Folder
+    """Holds the journal, the tokens and the lock."""
+    qmp_dir: Folder | None = None
+    """Every socket `NAME.qmp` in it is a domain."""
+    image_roots: Annotated[tuple[Folder, ...], BeforeValidator(_paths)] = ()
+    """Folders outside which the service opens and deletes no image; none: anywhere."""
+    max_running_jobs: int = Field(default=8, ge=1)
+    retention_days: int = Field(default=30, ge=0)
+    qmp_timeout: float = Field(default=10, gt=0, allow_inf_nan=False)
+    """Seconds."""
+    log_format: Literal["text", "json"]
+
+
+def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of the file `config`, overridden by the variables `BLOCKJOBD_*` of `environ`.
+
+    An empty variable counts as not set. Raises `SettingsError`.
+    """
+    values, origins = _defaults(environ), dict[str, str]()
+    for key, value in (_read(config) if config else {}).items():
+        values[key], origins[key] = value, str(config)
+    for name, value in environ.items():
+        if name.startswith(PREFIX) and value:
+            key = name.removeprefix(PREFIX).lower()
+            values[key], origins[key] = value, name
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_line(item, origins) for item in error.errors())) from error
+
+
+def _defaults(environ: Mapping[str, str]) -> dict[str, object]:
+    if os.geteuid() == 0:
+        state_dir = Path("/var/lib/blockjobd")
+    else:
+        # What the XDG specification says of a relative path: ignore it.
+        home = Path(environ.get("HOME") or Path.home())
+        base = Path(environ.get("XDG_STATE_HOME") or "")
+        state_dir = (base if base.is_absolute() else home / ".local" / "state") / "blockjobd"
+    return {"state_dir": state_dir, "log_format": "text" if sys.stderr.isatty() else "json"}
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(config.read_text())
+    except OSError as error:
+        raise SettingsError(f"{config}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{config}: not TOML: {error}") from error
+
+
+def _line(item: Any, origins: Mapping[str, str]) -> str:
+    key, *rest = (str(part) for part in item["loc"])
+    origin = origins.get(key, "defaults")
+    name = origin if origin.startswith(PREFIX) else f"{origin}: {'.'.join((key, *rest))}"
+    if item["type"] == "extra_forbidden":
+        return f"{name}: there is no setting {key!r}; there are {', '.join(Settings.model_fields)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message}, not {item['input']!r}"

@@ -1,0 +1,156 @@
+"""Chains of real images with known data, and what the guest has to see of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.qemu import tool
+
+MIB = 1 << 20
+CLUSTER = 65536
+
+
+@dataclass
+class Chain:
+    """Images from the base (index 0) up to the active layer, and the bytes that each shows as it was made."""
+
+    images: list[Path]
+    views: list[bytes]
+    formats: list[str] = field(default_factory=list[str])
+
+    @property
+    def files(self) -> list[str]:
+        """The images as the service lists them: the active layer first."""
+        return [str(image) for image in reversed(self.images)]
+
+    @property
+    def active(self) -> Path:
+        """The active layer."""
+        return self.images[-1]
+
+    @property
+    def view(self) -> bytes:
+        """What the guest sees."""
+        return self.views[-1]
+
+    def at(self, position: int) -> str:
+        """The file at the position in the service's list, 0 being the active layer."""
+        return self.files[position]
+
+
+def build_chain(
+    folder: Path,
+    layers: int = 5,
+    *,
+    size: int = 4 * MIB,
+    sizes: Sequence[int] | None = None,
+    base_format: str = "qcow2",
+    absolute: bool = False,
+    nested: bool = False,
+    seed: int = 1,
+    data: int = 24 * CLUSTER,
+    prefix: str = "l",
+) -> Chain:
+    """A chain of `layers` images with `data` bytes of noise in each, at places that overlap from layer to layer.
+
+    `sizes` gives each layer's virtual size, base first. Headers are relative unless `absolute`; `nested` puts each
+    layer into a folder of its own, below the one before.
+    """
+    noise = random.Random(seed)
+    chain = Chain(images=[], views=[])
+    for number in range(layers):
+        here = folder / Path(*[f"d{depth}" for depth in range(number + 1)]) if nested else folder
+        here.mkdir(parents=True, exist_ok=True)
+        format_ = base_format if number == 0 else "qcow2"
+        image = here / f"{prefix}{number}.{'img' if format_ == 'raw' else 'qcow2'}"
+        virtual = sizes[number] if sizes else size
+        create = [tool("qemu-img"), "create", "-q", "-f", format_]
+        if number:
+            below = chain.images[-1]
+            name = str(below) if absolute else os.path.relpath(below, here)
+            create += ["-b", name, "-F", chain.formats[-1]]
+        subprocess.run([*create, str(image), str(virtual)], check=True)
+        before = chain.views[-1] if number else b""
+        view = bytearray(before[:virtual].ljust(virtual, b"\0"))
+        commands: list[str] = []
+        for _ in range(data // CLUSTER // 4):
+            at, length = noise.randrange(virtual // 4096 - 64) * 4096, noise.randrange(1, 64) * 4096
+            pattern = noise.randrange(1, 256)
+            view[at : at + length] = bytes([pattern]) * length
+            commands += ["-c", f"write -q -P {pattern} {at} {length}"]
+        subprocess.run([tool("qemu-io"), "-f", format_, *commands, str(image)], check=True)
+        chain.images.append(image)
+        chain.views.append(bytes(view))
+        chain.formats.append(format_)
+    return chain
+
+
+def read_image(image: Path | str, format_: str = "qcow2") -> bytes:
+    """What a guest sees of the image, whole, also while QEMU has it open."""
+    raw = Path(f"{image}.raw")
+    try:
+        subprocess.run(
+            [tool("qemu-img"), "convert", "-U", "-f", format_, "-O", "raw", str(image), str(raw)], check=True
+        )
+        return raw.read_bytes()
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+def assert_same(seen: bytes, expected: bytes) -> int:
+    """Compare all bytes, and return how many; a larger disk has to end in zeroes."""
+    padded = expected.ljust(len(seen), b"\0")
+    if seen != padded:
+        at = next((i for i, (a, b) in enumerate(zip(seen, padded, strict=False)) if a != b), len(seen))
+        raise AssertionError(f"{len(seen)} bytes seen, {len(expected)} expected, different from offset {at} on")
+    return len(seen)
+
+
+def header_backing(image: Path | str) -> str | None:
+    """The string in the image's header."""
+    info = subprocess.run(
+        [tool("qemu-img"), "info", "-U", "--output=json", str(image)], check=True, capture_output=True, text=True
+    )
+    return json.loads(info.stdout).get("backing-filename")
+
+
+# How QEMU is told of a chain -----------------------------------------------------------------------------------------
+
+
+def drive(chain: Chain, id_: str = "drive0", extra: str = "") -> list[str]:
+    """`-drive`: QEMU opens the chain from the headers and names all nodes itself."""
+    return ["-drive", f"file={chain.active},format=qcow2,if=virtio,id={id_}{extra}"]
+
+
+def blockdev(chain: Chain, prefix: str = "n", *, device: str = "virtio0") -> list[str]:
+    """`-blockdev`, a node for each layer (n0 … nN, base first) and one for each file (fn0 … fnN), as libvirt does."""
+    arguments = explicit_nodes(chain, prefix)
+    return [*arguments, "-device", f"virtio-blk-pci,drive={prefix}{len(chain.images) - 1},id={device}"]
+
+
+def explicit_nodes(chain: Chain, prefix: str = "n", *, throttle_above: int | None = None) -> list[str]:
+    """The `-blockdev` arguments of a chain; `throttle_above` puts a throttle filter (named `throttle`) over a layer."""
+    arguments: list[str] = []
+    last = len(chain.images) - 1
+    below: str | None = None
+    for number, (image, format_) in enumerate(zip(chain.images, chain.formats, strict=True)):
+        file = {"driver": "file", "node-name": f"f{prefix}{number}", "filename": str(image), "auto-read-only": True}
+        node: dict[str, object] = {"driver": format_, "node-name": f"{prefix}{number}", "file": f"f{prefix}{number}"}
+        node["read-only"] = number != last
+        if format_ != "raw":
+            node["backing"] = below
+        arguments += ["-blockdev", json.dumps(file), "-blockdev", json.dumps(node)]
+        below = f"{prefix}{number}"
+        if throttle_above == number:
+            group = {"qom-type": "throttle-group", "id": "group0"}
+            filter_ = {"driver": "throttle", "node-name": "throttle", "throttle-group": "group0", "file": below}
+            filter_["read-only"] = number != last
+            arguments += ["-object", json.dumps(group), "-blockdev", json.dumps(filter_)]
+            below = "throttle"
+    return arguments
