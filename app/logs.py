@@ -7,6 +7,7 @@ import sys
 from typing import Literal
 
 import structlog
+import structlog.tracebacks
 
 
 def configure(log_format: Literal["text", "json"]) -> None:
@@ -19,11 +20,14 @@ def configure(log_format: Literal["text", "json"]) -> None:
     ]
     if log_format == "json":
         ending: list[structlog.typing.Processor] = [
-            structlog.processors.dict_tracebacks,
+            # Without the values of local variables: a token may be among them.
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(),
         ]
     else:
-        ending = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        ending = [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,

@@ -99,14 +99,18 @@ def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
         raise SettingsError("\n".join(_line(item, origins) for item in error.errors())) from error
 
 
+def default_state_dir(environ: Mapping[str, str], *, root: bool) -> Path:
+    """Where the state is kept unless it is set: a user's is where the XDG specification says."""
+    if root:
+        return Path("/var/lib/blockjobd")
+    # What the specification says of a relative path: ignore it.
+    home = Path(environ.get("HOME") or Path.home())
+    base = Path(environ.get("XDG_STATE_HOME") or "")
+    return (base if base.is_absolute() else home / ".local" / "state") / "blockjobd"
+
+
 def _defaults(environ: Mapping[str, str]) -> dict[str, object]:
-    if os.geteuid() == 0:
-        state_dir = Path("/var/lib/blockjobd")
-    else:
-        # What the XDG specification says of a relative path: ignore it.
-        home = Path(environ.get("HOME") or Path.home())
-        base = Path(environ.get("XDG_STATE_HOME") or "")
-        state_dir = (base if base.is_absolute() else home / ".local" / "state") / "blockjobd"
+    state_dir = default_state_dir(environ, root=os.geteuid() == 0)
     return {"state_dir": state_dir, "log_format": "text" if sys.stderr.isatty() else "json"}
 
 

@@ -6,10 +6,11 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 import structlog
+from anyio import BrokenResourceError
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +23,7 @@ STALLED: Final = 60.0
 """Seconds for which a client may take nothing of what it is sent, before it is disconnected."""
 
 ABORT: Final = "blockjobd.abort"
-"""The name of an extension of the scope (ASGI, "Extensions"): a function that cuts the connection."""
+"""The name of an extension of the scope (ASGI, "Extensions"): its `call` cuts the connection."""
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -35,7 +36,8 @@ log = structlog.stdlib.get_logger("blockjobd.http")
 class Observed:
     """ASGI middleware: gives each request an id, answers faults with a 500, logs and counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, stalled: float = STALLED) -> None:
+        self._stalled = stalled
         self._app = app
         self._metrics = metrics
 
@@ -47,12 +49,14 @@ class Observed:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        answer = _Answer(scope, send, request_id)
+        answer = _Answer(scope, send, request_id, self._stalled)
         begin = time.perf_counter()
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, answer.send)
-            except Exception:
+            except Exception as error:
+                if answer.stream and _only_left(error):
+                    return
                 log.exception("a request met a fault", method=request.method, path=path_of(request))
                 if answer.status is not None:
                     raise
@@ -79,10 +83,19 @@ class Observed:
         )
 
 
+def _only_left(error: Exception) -> bool:
+    """Whether it is but what FastAPI raises of a stream whose client left while more was to be sent."""
+    if not isinstance(error, ExceptionGroup):
+        return False
+    _left, others = cast("ExceptionGroup[Exception]", error).split(BrokenResourceError)
+    return others is None
+
+
 class _Answer:
     """Passes an answer on, with the id of its request, and keeps what is to be known of it."""
 
-    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, stalled: float) -> None:
+        self._stalled = stalled
         self._scope = scope
         self._send = send
         self._request_id = request_id
@@ -95,7 +108,7 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self._request_id
             self.stream = headers.get("content-type", "").startswith("text/event-stream")
-        timer = asyncio.get_running_loop().call_later(STALLED, self._disconnect)
+        timer = asyncio.get_running_loop().call_later(self._stalled, self._disconnect)
         try:
             await self._send(message)
         finally:
@@ -103,7 +116,7 @@ class _Answer:
 
     def _disconnect(self) -> None:
         # Ends the waiting `send`, and with it the answer, as if the client had gone.
-        log.warning("a client takes nothing and is disconnected", seconds=STALLED, request_id=self._request_id)
-        abort = cast("Callable[[], None] | None", self._scope.get("extensions", {}).get(ABORT))
-        if abort is not None:
-            abort()
+        log.warning("a client takes nothing and is disconnected", seconds=self._stalled, request_id=self._request_id)
+        extension = cast("Mapping[str, Callable[[], None]]", self._scope.get("extensions", {}).get(ABORT, {}))
+        if "call" in extension:
+            extension["call"]()

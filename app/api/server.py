@@ -35,7 +35,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT: self.transport.abort}
+        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no HTTP, and end the connection."""
@@ -83,9 +83,13 @@ class Server(uvicorn.Server):
         try:
             await super().serve([self._socket] if sockets is None else sockets)
         finally:
-            self._socket.close()
-            if self._listen.unix is not None:
-                self._listen.unix.unlink(missing_ok=True)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the socket; for a server that does not come to serve."""
+        self._socket.close()
+        if self._listen.unix is not None:
+            self._listen.unix.unlink(missing_ok=True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take requests."""

@@ -70,10 +70,13 @@ def serve(config: Config = None) -> None:
     """Run the service in the foreground until SIGTERM or SIGINT."""
     settings = _settings(config)
 
-    from app.wiring import run  # noqa: PLC0415 - see the module's docstring
+    import structlog  # noqa: PLC0415 - see the module's docstring
+
+    from app.wiring import run  # noqa: PLC0415
 
     def announce(url: str) -> None:
-        typer.echo(f"blockjobd {version('blockjobd')} serves {url}, token in {settings.state_dir / 'token'}", err=True)
+        log = structlog.get_logger(__name__)
+        log.info("serving", url=url, version=version("blockjobd"), token=str(settings.state_dir / "token"))
 
     with _plain_errors():
         run(settings, ready=announce)

@@ -525,6 +525,11 @@ def _end(job: Job, state: State, now: int) -> Step:
     return _save(ended, ENDINGS[state])
 
 
+def _conclude(job: Job, verdict: Verdict, look: Command) -> Step:
+    done = replace(job, state=State.CONCLUDING, verdict=verdict, pause_reason=None, unconfirmed=())
+    return _save(done, None, look)
+
+
 def _observed_starting(job: Job, event: Event, now: int) -> Step:
     # The reply was lost (a timeout, a restart), but QEMU lists the job, so it took the command.
     started = _accepted(job, event, now)
@@ -536,8 +541,7 @@ def _observed(job: Job, event: Event, now: int) -> Step:
     job = replace(job, progress=event.progress)
     if event.status == "concluded":
         verdict = Verdict.ERROR if event.error else Verdict.FINE
-        done = replace(job, state=State.CONCLUDING, verdict=verdict, verdict_error=event.error, unconfirmed=())
-        return _save(done, None, Command.CHECK_CHAIN)
+        return _conclude(replace(job, verdict_error=event.error), verdict, Command.CHECK_CHAIN)
     # There is nothing left to pause in a job that is ready.
     again = tuple(c for c in job.unconfirmed if c is not Command.PAUSE or event.status in ("running", "paused"))
     sent = Step(replace(job, unconfirmed=()), (), again)
@@ -672,13 +676,11 @@ def _checked_starting(job: Job, event: Event, now: int) -> Step:
 
 
 def _absent(job: Job, _event: Event, _now: int) -> Step:
-    done = replace(job, state=State.CONCLUDING, verdict=Verdict.VANISHED)
-    return _save(done, None, Command.CHECK_CHAIN)
+    return _conclude(job, Verdict.VANISHED, Command.CHECK_CHAIN)
 
 
 def _gone(job: Job, _event: Event, _now: int) -> Step:
-    done = replace(job, state=State.CONCLUDING, verdict=Verdict.GONE, data_state=DataState.BASE_MODIFIED)
-    return _save(done, None, Command.CHECK_IMAGES)
+    return _conclude(replace(job, data_state=DataState.BASE_MODIFIED), Verdict.GONE, Command.CHECK_IMAGES)
 
 
 def _gone_queued(job: Job, _event: Event, now: int) -> Step:

@@ -169,8 +169,13 @@ class Jobs:
     async def find_gone(self) -> None:
         """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work."""
         for job in self.all():
-            if self._link.monitor is None and self._link.is_gone(job.process):
-                await self.advance(job, Gone())
+            if self._link.monitor is not None or not self._link.is_gone(job.process):
+                continue
+            said = self._link.last_words.get(job.id)
+            if said is not None and job.state in WITH_QEMU:
+                # QEMU told of the job's end before its own; nobody could ask it about that any more.
+                await self.advance(job, said)
+            await self.advance(job, Gone())
 
     async def dismiss_leftovers(self) -> None:
         """Have QEMU forget jobs whose end is stored: the service died before it could say so."""

@@ -7,12 +7,12 @@ harvested by `end`, so that the actor stays free while QEMU does not answer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import Process
+from app.core.job import Observed, Process
 from app.engine.ports import (
     Busy,
     Clock,
@@ -59,6 +59,7 @@ class Link:
         self.process: Process | None = None
         self.tried = asyncio.Event()
         self.error: Problem | None = None
+        self.last_words: Mapping[str, Observed] = {}
         self._registration = registration
         self._connector = connector
         self._clock = clock
@@ -199,6 +200,7 @@ class Link:
     async def _lose(self, why: str) -> Change:
         await self._stop_probe()
         if self.monitor is not None:
+            self.last_words = dict(self.monitor.last_words)
             await self.monitor.close()
         self.monitor, self._hung = None, False
         self.error = self._unreachable(why)

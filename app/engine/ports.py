@@ -85,6 +85,11 @@ class Monitor(Protocol):
         """Whether the connection stands. It may be false long before a call finds out."""
         ...
 
+    @property
+    def last_words(self) -> Mapping[str, Observed]:
+        """How jobs ended, by QEMU's events, by id; all that is left to go by once QEMU has ended itself."""
+        ...
+
     async def guest_running(self) -> bool:
         """Whether the guest's processors run (QAPI `query-status`); also the heartbeat."""
         ...
