@@ -19,7 +19,7 @@ from typing import Final
 import httpx
 from httpx_sse import connect_sse
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from app.api.schemas import DiskOut, DomainOut, JobOut
@@ -247,13 +247,25 @@ class _Story:
 
             yield tell
             return
-        columns = (TextColumn("{task.description:<10}"), BarColumn(None), TextColumn("{task.percentage:5.1f} %"))
-        with Progress(*columns, DownloadColumn(binary_units=True), TransferSpeedColumn(), console=self.console) as bar:
-            task = bar.add_task(job.state, total=None)
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(None),
+            TextColumn("{task.percentage:5.1f} %"),
+            DownloadColumn(binary_units=True),
+            TextColumn("{task.fields[rate]:5.1f} MiB/s"),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task(job.state, total=None, rate=0.0)
 
             def draw(seen: JobOut) -> None:
                 progress = seen.progress
-                bar.update(task, description=seen.state, completed=progress.current, total=progress.end or None)
+                bar.update(
+                    task,
+                    description=seen.state,
+                    completed=progress.current,
+                    total=progress.end or None,
+                    rate=progress.rate / MIB,
+                )
 
             yield draw
 

@@ -78,7 +78,8 @@ def serve(config: Config = None) -> None:
         log = structlog.get_logger(__name__)
         log.info("serving", url=url, version=version("blockjobd"), token=str(settings.state_dir / "token"))
 
-    with _plain_errors():
+    listen = settings.listen
+    with _plain_errors(str(listen.unix or f"{listen.host}:{listen.port}")):
         run(settings, ready=announce)
 
 
@@ -160,7 +161,7 @@ def _tokens(config: Path | None) -> Generator[Tokens]:
 
 
 @contextmanager
-def _plain_errors() -> Generator[None]:
+def _plain_errors(listen: str = "") -> Generator[None]:
     """Turn what a person can put right into a `Failure`; defects keep their traceback."""
     from app.engine.ports import JournalFull  # noqa: PLC0415
     from app.journal.database import JournalUnusable  # noqa: PLC0415
@@ -169,8 +170,11 @@ def _plain_errors() -> Generator[None]:
 
     try:
         yield
-    except (JournalFull, JournalUnusable, StateDirInUse, TokenError, OSError) as error:
+    except (JournalFull, JournalUnusable, StateDirInUse, TokenError) as error:
         raise Failure(str(error)) from error
+    except OSError as error:
+        # Without a file it is the address that can't be listened on.
+        raise Failure(f"{error.filename or listen}: {error.strerror or error}") from error
 
 
 def main() -> None:

@@ -267,7 +267,8 @@ def compare(copy: Path, expected: bytes) -> int:
     """How many bytes of the disk were compared: all of them; raises `DemoFailed` at the first that is wrong."""
     with copy.open("rb") as file:
         for start in range(0, len(expected), MIB):
-            wanted, found = expected[start : start + MIB], file.read(MIB)
+            wanted = expected[start : start + MIB]
+            found = file.read(len(wanted))
             if found != wanted:
                 at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
                 raise DemoFailed(f"the guest's disk is wrong from byte {start + at} on")

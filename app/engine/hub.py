@@ -50,6 +50,7 @@ class Hub:
         self._ring: deque[StoredEvent] = deque(maxlen=RING)
         self._next = 0
         self._wake = asyncio.Event()
+        self._moved = asyncio.Event()
         self.closed = False
         self.subscribers = 0
 
@@ -64,6 +65,7 @@ class Hub:
         """End every stream; new ones are refused."""
         self.closed = True
         self._wake.set()
+        self._moved.set()
 
     def check_room(self) -> None:
         """Raise `Refused` where one more subscriber can't be served."""
@@ -78,9 +80,18 @@ class Hub:
             )
 
     @property
-    def next_change(self) -> asyncio.Event:
-        """Set once something is published after now, or at shutdown."""
-        return self._wake
+    def next_move(self) -> asyncio.Event:
+        """Set once a job has moved after now, or at shutdown.
+
+        Events can't serve for this: they are published as they are committed, a moment before the actor that waits
+        for the commit has the job's new version at hand.
+        """
+        return self._moved
+
+    def note_move(self) -> None:
+        """Tell those who wait for a job to look at it again."""
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
     async def stream(
         self, wanted: EventFilter, *, after: int | None, whole_job: bool = False

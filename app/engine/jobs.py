@@ -149,6 +149,7 @@ class Jobs:
             self._planned_now.discard(job.id)
         else:
             self._jobs[job.id] = self._host.live[job.id] = job
+        self._host.hub.note_move()
         return job
 
     # Looking ----------------------------------------------------------------------------------------------------------
@@ -282,16 +283,18 @@ class Jobs:
         monitor = self._link.usable
         if self._link.monitor is None and (job.verdict is Verdict.GONE or self._link.is_gone(job.process)):
             chain = work.chain[: work.top] + work.chain[work.base :] if merged and not kept else work.chain
-            self._disks.forget(job.disk)
+            if merged:
+                self._disks.forget(job.disk)
         elif monitor is None or self.trouble is not None:
             return None
         else:
+            # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
+            # stored, so nothing is lost if the service ends in between: all of this is done again then.
+            await monitor.dismiss(job.id)
             if merged and not kept:
                 await monitor.release(work.release)
             disk = disk_of(job, await self._disks.read())
             chain = disk.files if disk else work.chain
         deleted, not_deleted = await images.unlink(work.deletes if merged else (), job.process, self._host.image_user)
-        if monitor is not None:
-            await monitor.dismiss(job.id)
         invalidated = work.invalidates if merged else ()
         return Settled(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))

@@ -108,11 +108,11 @@ class Service:
         try:
             async with asyncio.timeout(seconds):
                 while True:
-                    changed = self.hub.next_change
+                    moved = self.hub.next_move
                     job = await self.job(job_id)
                     if job.ended or job.state in (State.READY, State.PAUSED) or self.hub.closed:
                         return job
-                    await changed.wait()
+                    await moved.wait()
         except TimeoutError:
             return await self.job(job_id)
 
