@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from app.core.chain import Disk, Layer
-from app.core.job import Absent, DataState, Event, Gone, Intent, Job, JobType, Observed, Process, Proof, State, Verdict
+from app.core.happenings import Absent, Event, Gone, Observed
+from app.core.job import DataState, Intent, Job, JobType, Process, Proof, State, Verdict
 
 JOB_PREFIX = "bj-"
 """How the ids of all our jobs begin, here and in QEMU."""

@@ -18,9 +18,11 @@ import structlog
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag
-from app.core.job import Event, Job, State, step
+from app.core.happenings import Event
+from app.core.job import Job, State
 from app.core.plan import CommitRequest, Facts, Plan, choose_layers, plan_commit
 from app.core.reconcile import valid_layers
+from app.core.transitions import step
 from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.jobs import Jobs
@@ -117,6 +119,10 @@ class Actor:
     async def run(self) -> None:
         """Work until `stop`."""
         try:
+            if self.registration.address is None:
+                # No attempt to connect will ever have it read, and others' merges must not touch its images.
+                await self.disks.read_offline()
+                self.link.tried.set()
             while not self._stopping:
                 self.link.begin()
                 await self._wait()

@@ -10,31 +10,23 @@ from typing import Final
 import structlog
 
 from app.core.errors import Code, Problem
-from app.core.job import (
-    WITH_QEMU,
+from app.core.happenings import (
     Accepted,
     Checked,
-    Command,
     CompleteDeclined,
     CompleteTaken,
     Event,
     Gone,
-    Intent,
-    Job,
     Launch,
     Observed,
-    Proof,
     Rejected,
-    Result,
     Settled,
-    State,
-    Step,
-    Verdict,
-    start_job,
-    step,
 )
+from app.core.job import WITH_QEMU, Command, Intent, Job, Proof, Result, State, Verdict
+from app.core.moves import Step
 from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile
+from app.core.transitions import start_job, step
 from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.link import Link

@@ -12,7 +12,8 @@ from enum import Enum, auto
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import Observed, Process
+from app.core.happenings import Observed
+from app.core.job import Process
 from app.engine.ports import (
     Busy,
     Clock,
@@ -71,9 +72,7 @@ class Link:
         self._probe: asyncio.Task[bool] | None = None
         self._attempts = 0
         self._due = 0.0
-        if registration.address is None:
-            self.tried.set()
-        else:
+        if registration.address is not None:
             self.error = self._unreachable("connecting")
 
     @property

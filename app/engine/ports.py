@@ -9,7 +9,9 @@ from typing import Protocol
 
 from app.core.chain import Disk, Identity
 from app.core.errors import Problem
-from app.core.job import Job, NotDeleted, Observed, Process, State, Told
+from app.core.happenings import Observed
+from app.core.job import Job, NotDeleted, Process, State
+from app.core.moves import Told
 from app.core.plan import Selection
 
 

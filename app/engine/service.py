@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import Abort, Event, Job, Pause, Pivot, Resume, SetSpeed, State
+from app.core.happenings import Abort, Event, Pause, Pivot, Resume, SetSpeed
+from app.core.job import Job, State
 from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
 from app.engine.host import Host

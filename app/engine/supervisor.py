@@ -110,10 +110,9 @@ class Supervisor:
             jobs = tuple(job for job in await self._host.journal.unfinished() if job.domain == registration.id)
         self._forgotten.discard(registration.id)
         actor = self._launch(registration, jobs)
-        if registration.address is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FIRST_TRY):
-                    await actor.link.tried.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TRY):
+                await actor.link.tried.wait()
         if old is None:
             await self._tell(DomainEvent.ADDED, actor)
         return actor, old is None

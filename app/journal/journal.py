@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from app.core.job import Job, Told
+from app.core.job import Job
+from app.core.moves import Told
 from app.engine.ports import (
     Clock,
     DomainEvent,

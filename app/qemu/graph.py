@@ -98,7 +98,7 @@ def read_disks(
                 qdev=qdev,
                 read_only=bool(inserted and inserted["ro"]),
                 layers=_layers(root, by_name, folder) if root else (),
-                running_jobs=_jobs_on(graph, qdev or backend) if graph else (),
+                running_jobs=_jobs_on(graph, backend or qdev or "") if graph else (),
             )
         )
     return tuple(disks)

@@ -57,7 +57,11 @@ def _with_file(layer: Layer, process: Process | None) -> Layer:
     if not layer.file.startswith("/"):
         return layer
     folder = os.path.realpath(as_seen_by(posixpath.dirname(layer.file), process))
-    return replace(layer, identity=_identity(as_seen_by(layer.file, process)), folder=folder)
+    identity = _identity(as_seen_by(layer.file, process))
+    # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
+    plain = posixpath.normpath(layer.file)
+    same = identity is not None and identity == _identity(as_seen_by(plain, process))
+    return replace(layer, file=plain if same else layer.file, identity=identity, folder=folder)
 
 
 def _is_temporary(file: str, process: Process | None) -> bool:

@@ -13,7 +13,8 @@ import structlog
 
 from app.core.chain import Disk
 from app.core.errors import CANCELED
-from app.core.job import Job, Observed, Process, Progress
+from app.core.happenings import Observed
+from app.core.job import Job, Process, Progress
 from app.core.qmp import block_commit_arguments
 from app.engine.ports import Address, Declined, QemuFacts
 from app.qemu import graph

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from app.core.errors import CANCELED, OUT_OF_SPACE, Problem, qemu_problem
-from app.core.job import Observed, OnError, Process, Progress
+from app.core.happenings import Observed
+from app.core.job import OnError, Process, Progress
 
 SIZE: Final = 100
 

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Problem
-from app.core.job import Event, Job, OnError, OnReady, Process, Step, start_job, step
+from app.core.happenings import Event
+from app.core.job import Job, OnError, OnReady, Process
+from app.core.moves import Step
 from app.core.plan import CommitRequest, Facts, Plan, Selection, choose_layers, commit_request, plan_commit
+from app.core.transitions import start_job, step
 
 GIB = 1 << 30
 PROCESS = Process(pid=4242, started=1000, uuid="4f4b6a5e-0000-4000-8000-000000000001")

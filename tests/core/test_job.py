@@ -6,44 +6,42 @@ from typing import get_args
 import pytest
 
 from app.core.errors import CANCELED, OUT_OF_SPACE, Code, Problem, Refused, qemu_problem
-from app.core.job import (
-    ACTIONS,
-    ENDED,
-    FOREIGN_PAUSE,
-    IGNORED,
-    PIVOT_ATTEMPTS,
-    TRANSITIONS,
+from app.core.happenings import (
     Abort,
     Absent,
     Accepted,
     Checked,
     CompleteDeclined,
     CompleteTaken,
-    DataState,
     Event,
     Gone,
-    Intent,
-    Job,
     Launch,
-    NotDeleted,
     Observed,
-    OnError,
-    OnReady,
     Pause,
-    PauseReason,
     Pivot,
-    Progress,
-    Proof,
     Rejected,
-    Result,
     Resume,
     SetSpeed,
     Settled,
+)
+from app.core.job import (
+    ACTIONS,
+    ENDED,
+    DataState,
+    Intent,
+    Job,
+    NotDeleted,
+    OnError,
+    OnReady,
+    PauseReason,
+    Progress,
+    Proof,
+    Result,
     State,
     Verdict,
-    start_job,
-    step,
 )
+from app.core.moves import FOREIGN_PAUSE, PIVOT_ATTEMPTS
+from app.core.transitions import IGNORED, TRANSITIONS, start_job, step
 from tests.core.samples import FILES, PROCESS, Story, active_job, intermediate_job, job_for, request
 
 EVENTS: tuple[type[Event], ...] = get_args(Event)

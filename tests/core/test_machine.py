@@ -12,42 +12,36 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import (
+from app.core.happenings import (
     Abort,
     Accepted,
     Checked,
-    Command,
     CompleteDeclined,
     CompleteTaken,
     Event,
-    EventType,
     Gone,
-    Intent,
-    Job,
     Launch,
     Observed,
-    OnError,
-    OnReady,
     Pause,
     Pivot,
     Rejected,
-    Result,
     Resume,
     SetSpeed,
     Settled,
-    State,
-    Step,
-    Told,
-    start_job,
-    step,
 )
+from app.core.job import Command, EventType, Intent, Job, OnError, OnReady, Result, State
+from app.core.moves import Step, Told
 from app.core.reconcile import prove, prove_by_header, reconcile
+from app.core.transitions import start_job, step
 from tests.core.model import Qemu, QemuRefuses
 from tests.core.samples import FILES, NODES, PROCESS, active_job, intermediate_job
 
 ENDING_EVENTS: Final = {EventType.COMPLETED, EventType.FAILED, EventType.CANCELED, EventType.LOST}
 ROUNDS: Final = 60
 """Looks that are more than enough for every job to end, once QEMU and its clients cooperate."""
+
+
+FAULTS: Final = ("die", "lost", "unheard", "full")
 
 
 class ServiceDies(Exception):
@@ -253,6 +247,16 @@ class JobMachine(RuleBasedStateMachine):
             self.qemu.move(done=done)
             self.look()
 
+    @precondition(lambda self: self.service.job.ended)
+    @rule(job=JOBS, trouble=st.integers(0, 3), looks=st.integers(0, 4), done=st.booleans())
+    def another_job(self, job: Job, trouble: int, looks: int, *, done: bool) -> None:
+        """The next one on a disk like it."""
+        self.accept(job, trouble, looks, done=done)
+
+    def go_wrong(self, fault: str | None) -> None:
+        """Have the next command or transaction meet this trouble, and no older one."""
+        self.service.faults = deque() if fault is None else deque([fault])
+
     # The service
 
     @rule()
@@ -262,11 +266,12 @@ class JobMachine(RuleBasedStateMachine):
         if isinstance(self.last, Observed):
             self.old = self.old or self.last
 
-    @rule(moves=st.integers(1, 4), done=st.booleans())
-    def time_passes(self, moves: int, *, done: bool) -> None:
-        """QEMU's job goes on, and the service looks at it."""
+    @rule(moves=st.integers(1, 4), done=st.booleans(), fault=st.sampled_from([None, None, None, *FAULTS]))
+    def time_passes(self, moves: int, fault: str | None, *, done: bool) -> None:
+        """QEMU's job goes on, and the service looks at it; what follows from the look may meet trouble."""
         for _ in range(moves):
             self.qemu.move(done=done)
+        self.go_wrong(fault)
         self.look()
 
     @precondition(lambda self: isinstance(self.last, Observed))
@@ -279,7 +284,7 @@ class JobMachine(RuleBasedStateMachine):
             self.service.advance(again)
 
     @precondition(lambda self: self.trouble > 0)
-    @rule(fault=st.sampled_from(["die now", "die", "lost", "unheard", "full"]))
+    @rule(fault=st.sampled_from(["die now", *FAULTS]))
     def something_goes_wrong(self, fault: str) -> None:
         """The service is killed while it is idle; or the next command, or the next transaction, meets trouble."""
         self.trouble -= 1
@@ -288,13 +293,14 @@ class JobMachine(RuleBasedStateMachine):
         else:
             self.service.faults.append(fault)
 
+    @precondition(lambda self: not self.service.job.ended)
     @rule(
-        wish=st.sampled_from(
-            [Pivot(), Pivot(), Abort(), Abort(force=True), Pause(), Resume(), SetSpeed(1)],
-        )
+        wish=st.sampled_from([Pivot(), Pivot(), Abort(), Abort(force=True), Pause(), Resume(), SetSpeed(1)]),
+        fault=st.sampled_from([None, None, *FAULTS]),
     )
-    def somebody_asks(self, wish: Event) -> None:
-        """A caller steers the job, whatever state it is in."""
+    def somebody_asks(self, wish: Event, fault: str | None) -> None:
+        """A caller steers the job, whatever state it is in; what follows from it may meet trouble."""
+        self.go_wrong(fault)
         self.service.ask(wish)
 
     # QEMU
@@ -315,11 +321,13 @@ class JobMachine(RuleBasedStateMachine):
             self.qemu.run_out_of_space()
 
     @precondition(lambda self: self.trouble > 0 or not self.qemu.up)
-    @rule()
-    def qemu_dies_or_returns(self) -> None:
+    @rule(moves=st.integers(0, 4))
+    def qemu_dies_or_returns(self, moves: int) -> None:
         """QEMU ends, and what is on disk stays; or another process runs the same chain."""
         if self.qemu.up:
             self.trouble -= 1
+            for _ in range(moves):
+                self.qemu.move(done=True)
             self.qemu.crash()
         else:
             self.processes += 1
@@ -392,6 +400,7 @@ class JobMachine(RuleBasedStateMachine):
         assert (types[-1] in ENDING_EVENTS) is self.service.told[-1].job.ended
         started = types.index(EventType.STARTED) if EventType.STARTED in types else len(types)
         assert set(types[:started]) <= {EventType.QUEUED} | ENDING_EVENTS
+        assert EventType.PIVOTING not in types or self.service.job.pivotable
         if EventType.PIVOTING in types:
             assert EventType.READY in types[: types.index(EventType.PIVOTING)]
 

@@ -5,20 +5,8 @@ from dataclasses import replace
 import pytest
 
 from app.core.chain import Disk
-from app.core.job import (
-    Absent,
-    DataState,
-    Gone,
-    Intent,
-    Job,
-    Observed,
-    OnReady,
-    Process,
-    Progress,
-    Proof,
-    State,
-    Verdict,
-)
+from app.core.happenings import Absent, Gone, Observed
+from app.core.job import DataState, Intent, Job, OnReady, Process, Progress, Proof, State, Verdict
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, same_process, uses_base, valid_layers
 from tests.core.samples import FILES, LAYERS, PROCESS, active_job, disk, intermediate_job
 

@@ -10,7 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from app.core.job import EventType, Told
+from app.core.job import EventType
+from app.core.moves import Told
 
 from .support import heard_by, opened
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.core.flags import CommitFlag
-from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Told, Work
+from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Work
+from app.core.moves import Told
 from app.engine.ports import StoredEvent
 from app.engine.views import DomainView
 from app.journal.journal import SqliteJournal

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import DataState, EventType, Intent, Job, State, Told
+from app.core.job import DataState, EventType, Intent, Job, State
+from app.core.moves import Told
 from app.engine.ports import Address, DomainEvent, EventFilter, JobConflict, JobFilter, Registration
 from app.journal.journal import LostUpdate, SqliteJournal
 
