@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.support.qemu import tool
+from tests.support.qemu import Qemu, tool
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -91,6 +92,21 @@ def build_chain(
     return chain
 
 
+def copy_chain(chain: Chain, folder: Path) -> Chain:
+    """A chain with relative headers and no subfolders, copied into another folder."""
+    images = [Path(shutil.copy(image, folder)) for image in chain.images]
+    return replace(chain, images=images)
+
+
+def write_guest(qemu: Qemu, view: bytes, pattern: int, at: int, length: int, *, device: str = "virtio0") -> bytes:
+    """Write as the guest would, through its virtio-blk device; what it sees then, if it saw `view` before."""
+    # The HMP command answers with what went wrong, and with nothing but figures if nothing did.
+    command = f'qemu-io -d /machine/peripheral/{device}/virtio-backend "write -P {pattern} {at} {length}"'
+    said = qemu.qmp("human-monitor-command", command_line=command)
+    assert f"wrote {length}/{length} bytes" in said or not said, said
+    return view[:at] + bytes([pattern]) * length + view[at + length :]
+
+
 def read_image(image: Path | str, format_: str = "qcow2") -> bytes:
     """What a guest sees of the image, whole, also while QEMU has it open."""
     raw = Path(f"{image}.raw")
@@ -140,7 +156,8 @@ def explicit_nodes(chain: Chain, prefix: str = "n", *, throttle_above: int | Non
     last = len(chain.images) - 1
     below: str | None = None
     for number, (image, format_) in enumerate(zip(chain.images, chain.formats, strict=True)):
-        file = {"driver": "file", "node-name": f"f{prefix}{number}", "filename": str(image), "auto-read-only": True}
+        file: dict[str, object] = {"driver": "file", "node-name": f"f{prefix}{number}", "filename": str(image)}
+        file["auto-read-only"] = True
         node: dict[str, object] = {"driver": format_, "node-name": f"{prefix}{number}", "file": f"f{prefix}{number}"}
         node["read-only"] = number != last
         if format_ != "raw":
@@ -149,8 +166,8 @@ def explicit_nodes(chain: Chain, prefix: str = "n", *, throttle_above: int | Non
         below = f"{prefix}{number}"
         if throttle_above == number:
             group = {"qom-type": "throttle-group", "id": "group0"}
-            filter_ = {"driver": "throttle", "node-name": "throttle", "throttle-group": "group0", "file": below}
-            filter_["read-only"] = number != last
+            filter_: dict[str, object] = {"driver": "throttle", "node-name": "throttle", "file": below}
+            filter_ |= {"throttle-group": "group0", "read-only": number != last}
             arguments += ["-object", json.dumps(group), "-blockdev", json.dumps(filter_)]
             below = "throttle"
     return arguments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,16 +51,19 @@ class Service:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"the service ended: {self.log()[-2000:]}")
-            try:
-                if self.client.get("/readyz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.02)
+            if self._listens() and self.client.get("/readyz").status_code == 200:
+                break
+            time.sleep(0.02)
         else:
             raise AssertionError(f"the service does not answer: {self.log()[-2000:]}")
         self.client.close()
         self.client = self._client((self.state_dir / "token").read_text().strip())
         return self
+
+    def _listens(self) -> bool:
+        # Asked without httpx, which leaves the socket of a failed attempt open until it is collected.
+        with socket.socket(socket.AF_UNIX) as attempt:
+            return attempt.connect_ex(str(self.socket)) == 0
 
     def stop(self) -> int:
         """SIGTERM, and its exit status."""
