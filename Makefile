@@ -1,0 +1,77 @@
+# `make demo` and `make test` set up all that they need on a Debian machine, ask nothing, and skip what is there.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+PACKAGES := qemu-system-x86 qemu-utils python3-venv curl
+
+# What `blockjobd` needs to run, and what the tests need on top.
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
+
+.PHONY: help demo test serve openapi lock clean packages
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+
+demo: $(RUNTIME) ## A real QEMU loses layers of its chain through HTTP, every byte verified (ARGS=--once: and exit)
+	@$(BIN)/blockjobd demo $(ARGS)
+
+test: $(DEV) ## All checks and tests (QEMU=DIR: with the QEMU in DIR; ARGS: for pytest)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(if $(QEMU),QEMU_DIR="$(QEMU)") $(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage report --fail-under=100
+
+serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
+	@$(BIN)/blockjobd serve $(ARGS)
+
+openapi: $(RUNTIME) ## Write what stands in openapi/ anew
+	$(BIN)/python -m app.api.document
+
+lock: $(BIN)/python ## Choose the versions of all dependencies anew
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(LOCK) --upgrade --output-file requirements.lock pyproject.toml
+	$(LOCK) --upgrade --extra dev --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+
+clean: ## Remove the virtual environment and what tools have left
+	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --editable .
+	@touch $@
+
+$(DEV): requirements-dev.lock $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	@touch $@
+
+# An old pip may not know today's package formats.
+$(BIN)/python: | packages
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "blockjobd needs Python 3.11 or newer; see make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+packages:
+	@missing=; \
+	for tool in qemu-system-x86_64 qemu-img qemu-io curl $(PYTHON); do \
+		command -v $$tool > /dev/null || missing=1; \
+	done; \
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || missing=1; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get update -qq; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(PACKAGES) > /dev/null; \
+	fi
