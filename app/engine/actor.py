@@ -177,7 +177,9 @@ class Actor:
     async def _welcome(self) -> None:
         self._jobs.look_soon = True
         try:
+            guest_running = await self.link.require().guest_running()
             await self.disks.read()
+            self.link.welcome(guest_running=guest_running)
             await self._jobs.dismiss_leftovers()
         except MonitorError as error:
             self._jobs.trouble = error

@@ -67,6 +67,7 @@ class Link:
         self._wake = wake
         self._busy = False
         self._hung = False
+        self._welcomed = False
         self._guest_running = True
         self._connecting: asyncio.Task[Monitor] | None = None
         self._probe: asyncio.Task[bool] | None = None
@@ -87,12 +88,17 @@ class Link:
 
     def state(self) -> DomainState:
         """The domain's state as it shows from here."""
-        if self.monitor is not None and not self._hung:
+        if self.monitor is not None and self._welcomed and not self._hung:
             return DomainState.RUNNING if self._guest_running else DomainState.PAUSED
         if self._busy:
             return DomainState.BUSY
         off = self._registration.disks or self._registration.address is None
-        return DomainState.SHUTOFF if off and not self._hung and not self.is_alive() else DomainState.UNREACHABLE
+        shut = off and self.monitor is None and not self.is_alive()
+        return DomainState.SHUTOFF if shut else DomainState.UNREACHABLE
+
+    def welcome(self, *, guest_running: bool) -> None:
+        """All that a domain shows has been read over the new connection; from now on it shows."""
+        self._welcomed, self._guest_running, self.error = True, guest_running, None
 
     def is_alive(self) -> bool:
         """Whether the QEMU that was seen last is known to run still."""
@@ -181,9 +187,9 @@ class Link:
             await self.monitor.close()
 
     def _connected(self, monitor: Monitor) -> Change:
-        self.monitor, self.process, self.error = monitor, monitor.facts.process, None
-        self._attempts, self._busy, self._hung = 0, False, False
-        self._due = self._clock.monotonic()
+        self.monitor, self.process = monitor, monitor.facts.process
+        self._attempts, self._busy, self._hung, self._welcomed = 0, False, False, False
+        self._due = self._clock.monotonic() + HEARTBEAT
         return Change.CONNECTED
 
     def _connect_failed(self, error: MonitorError) -> Change:

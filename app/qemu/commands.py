@@ -78,9 +78,11 @@ class Connection:
         except OSError as error:
             await _disconnect(client)
             raise Unreachable(f"no monitor at {address.unix or address.tcp}: {error.strerror or error}") from error
-        except ConnectError as error:
+        except (ConnectError, AssertionError) as error:
+            # The assertion is the library's, of a peer that hangs up right after the negotiation.
             await _disconnect(client)
-            raise Unreachable(f"no QMP at {address.unix or address.tcp}: {error.exc}") from error
+            why = error.exc if isinstance(error, ConnectError) else "the connection ended at once"
+            raise Unreachable(f"no QMP at {address.unix or address.tcp}: {why}") from error
         return cls(client, pid, patience, hint)
 
     @property

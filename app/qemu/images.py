@@ -154,7 +154,7 @@ class LocalImages:
         if not readable or not await asyncio.to_thread(lambda: all(self._allowed(path) for path in paths)):
             return None
         described = [_described(layer.format, path) for layer, path in zip(layers, paths, strict=True)]
-        base_map = await self._map(described[-1])
+        base_map = await self._map(_stacked(described[-1:]))
         top_map = await self._map(_stacked(described))
         if base_map is None or top_map is None:
             return None

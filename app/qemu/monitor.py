@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from app.core.errors import CANCELED
 from app.core.happenings import Observed
 from app.core.job import Job, Process, Progress
 from app.core.qmp import block_commit_arguments
-from app.engine.ports import Address, Declined, QemuFacts
+from app.engine.ports import Address, Declined, QemuFacts, Unreachable
 from app.qemu import graph
 from app.qemu.commands import Connection
 from app.qemu.images import with_files
@@ -66,6 +66,15 @@ HINTS: Final = frozenset(
 LAST_WORDS_MAX: Final = 256
 
 
+@contextmanager
+def _understood() -> Generator[None]:
+    """Take an answer of another shape than QAPI's for what it is: the word of a program that is no QEMU."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Unreachable(f"the program behind the monitor answers as no QEMU does: {error!r}") from error
+
+
 class QmpMonitor:
     """The `Monitor` port over a QMP connection."""
 
@@ -90,10 +99,16 @@ class QmpMonitor:
         """Whether the guest's processors run (QAPI `query-status`)."""
         if "query-status" not in self._commands:
             return bool(await self._connection.execute("query-commands"))
-        return bool((await self._connection.execute("query-status"))["running"])
+        with _understood():
+            return bool((await self._connection.execute("query-status"))["running"])
 
     async def disks(self) -> tuple[Disk, ...]:
         """The domain's disks and their chains, as they are now."""
+        with _understood():
+            disks = await self._read_disks()
+        return await asyncio.to_thread(with_files, disks, self.facts.process)
+
+    async def _read_disks(self) -> tuple[Disk, ...]:
         execute = self._connection.execute
         blocks = await execute("query-block")
         stats = await execute("query-blockstats")
@@ -115,7 +130,7 @@ class QmpMonitor:
             # Nothing says which disk a job works on, so it counts for all of them.
             ids = tuple(job["device"] for job in running)
             disks = tuple(replace(disk, running_jobs=ids) for disk in disks)
-        return await asyncio.to_thread(with_files, disks, self.facts.process)
+        return disks
 
     async def _prefix(self, qdev: str) -> str:
         prefix = self._prefixes.get(qdev)
@@ -138,16 +153,17 @@ class QmpMonitor:
         jobs = await self._connection.execute("query-jobs")
         if not jobs:
             return {}
-        blocked = {job["device"]: job["io-status"] for job in await self._connection.execute("query-block-jobs")}
-        return {
-            job["id"]: Observed(
-                status=job["status"],
-                progress=Progress(current=job["current-progress"], end=job["total-progress"]),
-                error=job.get("error"),
-                io_status=blocked.get(job["id"], "ok"),
-            )
-            for job in jobs
-        }
+        with _understood():
+            blocked = {job["device"]: job["io-status"] for job in await self._connection.execute("query-block-jobs")}
+            return {
+                job["id"]: Observed(
+                    status=job["status"],
+                    progress=Progress(current=job["current-progress"], end=job["total-progress"]),
+                    error=job.get("error"),
+                    io_status=blocked.get(job["id"], "ok"),
+                )
+                for job in jobs
+            }
 
     async def start(self, job: Job) -> None:
         """Start the job (QAPI `block-commit`)."""
@@ -244,12 +260,13 @@ class QmpConnector:
         self._timeout = timeout
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpMonitor:
-        """A connection to the monitor at `address`; raises `Unreachable` or `Busy`."""
+        """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
         events = _Events(hint)
         connection = await Connection.open(address, self._timeout, events, hint)
         try:
-            commands = frozenset(command["name"] for command in await connection.execute("query-commands"))
-            return QmpMonitor(connection, await _facts(connection, commands), commands, events)
+            with _understood():
+                commands = frozenset(command["name"] for command in await connection.execute("query-commands"))
+                return QmpMonitor(connection, await _facts(connection, commands), commands, events)
         except BaseException:
             await connection.close()
             raise

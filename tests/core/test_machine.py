@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -436,7 +437,8 @@ class JobMachine(RuleBasedStateMachine):
         self.times_are_in_order()
 
 
-TestJobMachine = JobMachine.TestCase
+# It takes seconds; the time is for hypothesis to find a short story where one fails.
+TestJobMachine = pytest.mark.timeout(600)(JobMachine.TestCase)
 TestJobMachine.settings = settings(
     max_examples=500, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

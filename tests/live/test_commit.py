@@ -19,8 +19,10 @@ from tests.support.chains import (
     blockdev,
     build_chain,
     copy_chain,
+    drive_with_id,
     explicit_nodes,
     header_backing,
+    header_format,
     read_image,
     write_guest,
 )
@@ -46,14 +48,6 @@ def chain(template: Chain, folder: Path) -> Chain:
     return copy_chain(template, folder)
 
 
-def as_drive(chain: Chain) -> list[str]:
-    """`-drive` with the device id that `blockdev` has."""
-    return [
-        *("-drive", f"file={chain.active},format=qcow2,if=none,id=drive0"),
-        *("-device", "virtio-blk-pci,drive=drive0,id=virtio0"),
-    ]
-
-
 def top_only(chain: Chain) -> list[str]:
     """`-blockdev` for the active layer alone: QEMU opens the others from the headers."""
     file = {"driver": "file", "filename": str(chain.active)}
@@ -61,7 +55,7 @@ def top_only(chain: Chain) -> list[str]:
     return ["-blockdev", json.dumps(node), "-device", "virtio-blk-pci,drive=top,id=virtio0"]
 
 
-OPENED = {"drive": as_drive, "blockdev": blockdev, "headers": top_only}
+OPENED = {"drive": drive_with_id, "blockdev": blockdev, "headers": top_only}
 
 
 def event_types(service: Service, job: JSON) -> list[str]:
@@ -333,7 +327,7 @@ def test_bandwidth_reaches_qemu(
 def test_absolute_headers_stay_absolute(service: Service, boot: Boot, domain: str, folder: Path) -> None:
     """A header that named its backing image absolutely does so after the merge."""
     chain = build_chain(folder, absolute=True)
-    qemu = boot(as_drive(chain))
+    qemu = boot(drive_with_id(chain))
     finish(service, qemu, domain, top="vda[2]", base="vda[3]")
     assert header_backing(chain.images[3]) == str(chain.images[1])
     assert header_backing(chain.images[4]) == str(chain.images[3])
@@ -349,7 +343,7 @@ def test_relative_in_nested_folders(
 ) -> None:
     """A relative header leads from the overlay's folder to the base's, so that the chain opens again from it."""
     chain = build_chain(folder, nested=True)
-    qemu = boot(as_drive(chain))
+    qemu = boot(drive_with_id(chain))
     finish(service, qemu, domain, base=str(chain.images[base]), top=str(chain.images[top]), flags=flags)
     assert header_backing(chain.images[top + 1]) == header
     assert_content(qemu, chain.active, chain.view)
@@ -399,6 +393,7 @@ def test_raw_base(service: Service, boot: Boot, domain: str, folder: Path, *, to
         assert_content(qemu, chain.images[0], chain.view, "raw")
     else:
         finish(service, qemu, domain, top=str(chain.images[top]))
+        assert (header_backing(chain.active), header_format(chain.active)) == (chain.images[0].name, "raw")
         assert_content(qemu, chain.active, chain.view)
 
 
@@ -496,7 +491,7 @@ def test_one_after_the_other_on_the_same_disk(
 
 def test_second_commit_after_a_new_snapshot(service: Service, boot: Boot, domain: str, chain: Chain) -> None:
     """A snapshot that is taken after a merge is merged in turn."""
-    qemu = boot(as_drive(chain))
+    qemu = boot(drive_with_id(chain))
     finish(service, qemu, domain, **pivot_body())
     overlay = chain.images[0].with_name("new.qcow2")
     qemu.qmp("blockdev-snapshot-sync", device="drive0", snapshot_file=str(overlay), format="qcow2")

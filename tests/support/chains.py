@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tests.support.qemu import Qemu, tool
 
@@ -130,10 +133,51 @@ def assert_same(seen: bytes, expected: bytes) -> int:
 
 def header_backing(image: Path | str) -> str | None:
     """The string in the image's header."""
-    info = subprocess.run(
-        [tool("qemu-img"), "info", "-U", "--output=json", str(image)], check=True, capture_output=True, text=True
-    )
-    return json.loads(info.stdout).get("backing-filename")
+    return _info(image).get("backing-filename")
+
+
+def header_format(image: Path | str) -> str | None:
+    """What the image's header says of the format of the backing image."""
+    return _info(image).get("backing-filename-format")
+
+
+def _info(image: Path | str) -> dict[str, Any]:
+    command = [tool("qemu-img"), "info", "-U", "--output=json", str(image)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def slow_down(qemu: Qemu, rate: int) -> None:
+    """Have a `slow_base` take no more than `rate` bytes/s of writes, from all jobs, at any time."""
+    qemu.qmp("qom-set", path="/objects/slow", property="limits", value={"bps-write": rate})
+
+
+@contextmanager
+def small_file_system(folder: Path, size: int) -> Generator[Path]:
+    """A file system of `size` bytes; it takes root to mount one."""
+    place = folder / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "blockjobd-test", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        # A QEMU may still have its images open.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place: Path, *, leave: int = 0) -> Path:
+    """Take all but `leave` bytes of a file system; the file that does."""
+    filler = place / "filler"
+    with filler.open("wb") as file:
+        while True:
+            stat = os.statvfs(place)
+            try:
+                os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize - leave)
+            except OSError as error:
+                # A job has taken some of it meanwhile.
+                if error.errno != errno.ENOSPC:
+                    raise
+            else:
+                return filler
 
 
 # How QEMU is told of a chain -----------------------------------------------------------------------------------------
@@ -144,9 +188,26 @@ def drive(chain: Chain, id_: str = "drive0", extra: str = "") -> list[str]:
     return ["-drive", f"file={chain.active},format=qcow2,if=virtio,id={id_}{extra}"]
 
 
-def blockdev(chain: Chain, prefix: str = "n", *, device: str = "virtio0") -> list[str]:
-    """`-blockdev`, a node for each layer (n0 … nN, base first) and one for each file (fn0 … fnN), as libvirt does."""
+def drive_with_id(chain: Chain) -> list[str]:
+    """As `drive`, with the device id that `blockdev` has."""
+    return [
+        *("-drive", f"file={chain.active},format=qcow2,if=none,id=drive0"),
+        *("-device", "virtio-blk-pci,drive=drive0,id=virtio0"),
+    ]
+
+
+def blockdev(chain: Chain, prefix: str = "n", *, device: str = "virtio0", slow_base: bool = False) -> list[str]:
+    """`-blockdev`, a node for each layer (n0 … nN, base first) and one for each file (fn0 … fnN), as libvirt does.
+
+    `slow_base` puts a throttle filter over the base's file, which `slow_down` sets the speed of.
+    """
     arguments = explicit_nodes(chain, prefix)
+    if slow_base:
+        group = {"qom-type": "throttle-group", "id": "slow"}
+        filter_ = {"driver": "throttle", "node-name": "slow", "throttle-group": "slow", "file": f"f{prefix}0"}
+        base = json.loads(arguments[3]) | {"file": "slow"}
+        arguments[2:4] = ["-object", json.dumps(group), "-blockdev", json.dumps(filter_)]
+        arguments[6:6] = ["-blockdev", json.dumps(base)]
     return [*arguments, "-device", f"virtio-blk-pci,drive={prefix}{len(chain.images) - 1},id={device}"]
 
 
