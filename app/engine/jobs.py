@@ -34,6 +34,9 @@ from app.engine.ports import Declined, JournalFull, Monitor, MonitorError
 
 log = structlog.get_logger(__name__)
 
+PROGRESS: Final = 0.5
+"""The fewest seconds between two reports of a job's progress."""
+
 
 class Jobs:
     """The unfinished jobs of one domain. Only the domain's actor calls it.
@@ -52,6 +55,7 @@ class Jobs:
         self._jobs = {job.id: job for job in jobs}
         self._planned_now: set[str] = set()
         self._meters: dict[str, Meter] = {}
+        self._progress_due: dict[str, float] = {}
         self._paused_since: dict[str, float] = {}
         self._carry: Final[dict[Command, Callable[[Monitor, Job], Awaitable[Event | None]]]] = {
             Command.START: self._start,
@@ -137,6 +141,7 @@ class Jobs:
             self._host.live.pop(job.id, None)
             self._host.budget.leave(job.id)
             self._meters.pop(job.id, None)
+            self._progress_due.pop(job.id, None)
             self._paused_since.pop(job.id, None)
             self._planned_now.discard(job.id)
         else:
@@ -183,7 +188,10 @@ class Jobs:
         seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
         for job, event in reconcile(self.all(), seen, self._link.process):
             after = await self.advance(job, event)
-            if after.state in WITH_QEMU and after.version == job.version and after.progress != job.progress:
+            moved = after.version == job.version and after.progress != job.progress
+            # Hints and requests make looks more frequent than what is promised to subscribers.
+            if moved and after.state in WITH_QEMU and now >= self._progress_due.get(job.id, 0.0):
+                self._progress_due[job.id] = now + PROGRESS
                 self._host.publish_progress(after)
 
     def _metered(self, id_: str, seen: Observed, now: float) -> Observed:

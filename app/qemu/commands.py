@@ -23,6 +23,9 @@ REPLY_MAX: Final = 64 << 20
 GREETING: Final = 5.0
 """Seconds in which a monitor that is free sends its greeting."""
 
+FULL: Final = 0.02
+"""Seconds until the next try at a socket whose queue of clients is full."""
+
 Reply = Any
 """A command's `return`, as QAPI says."""
 
@@ -125,7 +128,15 @@ async def _connect_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, path)
+        while True:
+            # A unix socket connects at once, or its queue is full, which is 1 long at QEMU's. That is no connection in
+            # progress (connect(2), EAGAIN), though the event loop's own sock_connect takes it for one.
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(FULL)
+            else:
+                break
     except BaseException:
         sock.close()
         raise

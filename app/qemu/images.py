@@ -137,10 +137,13 @@ class LocalImages:
         """
 
         def look() -> bool:
+            if process is not None and process.pid is None:
+                # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
+                return False
             with suppress(OSError):
                 found = os.stat(as_seen_by(path, process))
                 inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-                ours = _locks_of(process, inode) if process is not None and process.pid is not None else 0
+                ours = _locks_of(process, inode) if process is not None else 0
                 return _count(Path("/proc/locks").read_text(), inode) > ours
             return False
 

@@ -351,6 +351,7 @@ def test_a_domain_that_is_off(service: Service, domain: str, chain: Chain) -> No
         assert service.wait_for_domain(domain, "shutoff")["disks"] == ["vda"]
         assert [layer["file"] for layer in service.disk(domain)["chain"]] == chain.files
         refused(service, domain, {"top": "vda[1]"}, 501, "not-supported")
+        refused(service, domain, BAD_TOP, 501, "not-supported", disk="vdx")
 
 
 def wait_for(condition: Any, seconds: float = 10) -> None:
