@@ -6,6 +6,7 @@ carries one. There is no HTTP in here; `app.api.problems` knows the status of ea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -107,6 +108,9 @@ def invalid_together(problems: Sequence[Problem]) -> Problem:
 OUT_OF_SPACE = "No space left on device"
 """strerror(ENOSPC), which is all that QEMU says of a job that ran out of space."""
 
+LOCKED = re.compile(r'Failed to get (shared )?"[a-z -]+" lock')
+"""How QEMU says that another process has an image open (block/file-posix.c: raw_check_lock_bytes)."""
+
 CANCELED = "Operation canceled"
 """strerror(ECANCELED), QEMU's error of a job that was canceled by force."""
 
@@ -120,7 +124,7 @@ def qemu_problem(error_class: str, desc: str, *, doing: str) -> Problem:
     qmp = {"qmp": {"class": error_class, "desc": desc}}
     if OUT_OF_SPACE in desc:
         return Problem(code=Code.INSUFFICIENT_STORAGE, detail=f"{doing}: the storage is full: {desc}", extra=qmp)
-    if 'Failed to get "write" lock' in desc or 'Failed to get shared "write" lock' in desc:
+    if LOCKED.search(desc):
         return Problem(
             code=Code.IMAGE_LOCKED,
             detail=f"{doing}: another process has the image open: {desc}. Stop that process, then try again.",

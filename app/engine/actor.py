@@ -254,6 +254,7 @@ class Actor:
         if isinstance(chosen, Problem):
             raise Refused(chosen)
         base, delete = chosen.base_layer, CommitFlag.DELETE in request.flags
+        await self._host.read_off()
         facts = Facts(
             shared_with=self._host.base_user(self.id, disk, base),
             locked=await images.locked(base.file, process),

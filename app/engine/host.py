@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from app.core.chain import Disk, Identity, Layer
@@ -14,11 +14,16 @@ from app.engine.ports import Clock, Connector, Images, Journal, StoredEvent
 from app.engine.views import Render
 
 
+async def _nothing() -> None:
+    """There is no domain that is off."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Host:
     """The ports, the subscribers, the budget, and every unfinished job.
 
-    `disks` gives each known domain's disks as they were last read. `new_id` makes the id of a new job.
+    `disks` gives each known domain's disks as they were last read; `read_off` reads those of the domains that are off
+    anew, as nobody tells when somebody works on their images. `new_id` makes the id of a new job.
     """
 
     connector: Connector
@@ -30,6 +35,7 @@ class Host:
     render: Render
     new_id: Callable[[], str]
     disks: Callable[[], Mapping[str, tuple[Disk, ...]]] = dict
+    read_off: Callable[[], Awaitable[None]] = _nothing
     live: dict[str, Job] = field(default_factory=dict[str, Job])
 
     def publish_progress(self, job: Job) -> None:

@@ -295,6 +295,8 @@ class Jobs:
                 await monitor.release(work.release)
             disk = disk_of(job, await self._disks.read())
             chain = disk.files if disk else work.chain
+        if merged and work.deletes:
+            await self._host.read_off()
         deleted, not_deleted = await images.unlink(work.deletes if merged else (), job.process, self._host.image_user)
         invalidated = work.invalidates if merged else ()
         return Settled(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))

@@ -16,6 +16,7 @@ from app.core.job import Job
 from app.engine.actor import Actor
 from app.engine.host import Host
 from app.engine.ports import Address, DomainEvent, JournalFull, Registration
+from app.engine.views import DomainState
 
 log = structlog.get_logger(__name__)
 
@@ -53,9 +54,15 @@ class Supervisor:
         self._found: Mapping[str, str] = {}
         self._forgotten: set[str] = set()
         host.disks = self._known_disks
+        host.read_off = self._read_off
 
     def _known_disks(self) -> Mapping[str, tuple[Disk, ...]]:
         return {id_: actor.disks.known for id_, actor in self.actors.items()}
+
+    async def _read_off(self) -> None:
+        for actor in list(self.actors.values()):
+            if actor.link.state() is DomainState.SHUTOFF:
+                await actor.disks.read_offline()
 
     async def start(self) -> None:
         """Bring back what the journal knows: the registered domains, and every domain with an unfinished job."""

@@ -10,6 +10,7 @@ from app.core.errors import Code, Problem, Refused, invalid, invalid_together, q
     [
         ("GenericError", "Failed to resize base: No space left on device", Code.INSUFFICIENT_STORAGE),
         ("GenericError", 'Failed to get "write" lock', Code.IMAGE_LOCKED),
+        ("GenericError", 'Failed to get shared "consistent read" lock', Code.IMAGE_LOCKED),
         ("GenericError", "Could not open 'b': Failed to get shared \"write\" lock", Code.IMAGE_LOCKED),
         ("CommandNotFound", "The command block-commit has not been found", Code.NOT_SUPPORTED),
         ("GenericError", "Node 'n2' is busy: block device is in use by block job: commit", Code.JOB_CONFLICT),
@@ -24,7 +25,7 @@ from app.core.errors import Code, Problem, Refused, invalid, invalid_together, q
         ("GenericError", "Need a root block node", Code.QEMU_ERROR),
         ("DeviceNotFound", "Device 'nope' not found", Code.QEMU_ERROR),
         ("GenericError", "Job ID 'bj-1' already in use", Code.QEMU_ERROR),
-        ("GenericError", 'Failed to get "consistent read" lock', Code.QEMU_ERROR),
+        ("GenericError", 'Failed to get "consistent read" lock', Code.IMAGE_LOCKED),
         (
             "GenericError",
             (
