@@ -589,6 +589,19 @@ def test_shared_with_another_domain(
         assert ask(service, domain, shared, dry=True).status_code == 200
 
 
+def test_shared_since_with_a_domain_that_is_off(
+    service: Service, boot: Boot, domain: str, chain: Chain, folder: Path
+) -> None:
+    """The images of a domain that is off are read anew for each merge: nobody tells when one gets another base."""
+    boot(blockdev(chain))
+    name = f"{domain}-other"
+    shared: JSON = {"flags": ["active"], "base": str(chain.images[1])}
+    with registered(service, name, {"disks": {"vda": {"image": str(folder / "sibling1.qcow2")}}}):
+        assert ask(service, domain, shared, dry=True).status_code == 200
+        build_sibling(chain, folder, 1)
+        assert refused(service, domain, shared, 409, "image-shared")["used_by"] == f"{name}/vda"
+
+
 @pytest.mark.parametrize("holder", ["qemu-io", "qemu"])
 def test_locked_by_another_process(
     service: Service, boot: Boot, domain: str, chain: Chain, folder: Path, *, holder: str

@@ -297,7 +297,7 @@ def test_streams_of_nothing(host: Service, url: str, code: str) -> None:
     assert (answer.status_code, answer.json()["code"]) == (404, code)
 
 
-# Progress and signs of life ------------------------------------------------------------------------------------------
+# Progress -------------------------------------------------------------------------------------------------------------
 
 
 def test_progress(host: Service, tmp_path: Path) -> None:
@@ -340,15 +340,6 @@ def milliseconds(time_: str) -> int:
     """The milliseconds of an event's time within its day."""
     hours, minutes, seconds = time_[11:-1].split(":")
     return (int(hours) * 60 + int(minutes)) * 60_000 + int(float(seconds) * 1000)
-
-
-def test_signs_of_life(host: Service) -> None:
-    """A stream on which nothing happens carries a comment at least every 15 s."""
-    with host.client.stream("GET", "/events?types=stream.reset") as answer:
-        begin = time.monotonic()
-        line = next(line for line in answer.iter_lines() if line)
-        assert line.startswith(":")
-        assert time.monotonic() - begin < 15
 
 
 # Those who don't read, and the end -----------------------------------------------------------------------------------
