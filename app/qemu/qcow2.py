@@ -41,6 +41,8 @@ def parse(head: bytes) -> Header:
         backing = head[name_at : name_at + name_length].decode() if name_at and name_length else None
     except UnicodeDecodeError as error:
         raise NotQcow2("the backing file's name is not UTF-8") from error
+    if backing is not None and "\0" in backing:
+        raise NotQcow2("the backing file's name holds a NUL character, which no path can")
     return Header(
         virtual_size=virtual_size,
         cluster_size=1 << cluster_bits,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.core.chain import Disk, Identity
@@ -485,6 +485,7 @@ def test_hostile_fields(
         assert found.virtual_size == size
         assert found.cluster_size in {1 << bits for bits in range(9, 22)}
         assert found.backing is None or len(found.backing.encode()) == name_length <= qcow2.NAME_MAX
+        assert "\0" not in (found.backing or "")
         assert found.backing_format is None or len(found.backing_format) <= len(head)
     for end in range(0, len(head), 37):
         parse(head[:end])
@@ -500,6 +501,7 @@ async def read_or_refused(image: Path) -> Code | None:
 
 
 @settings(max_examples=60, deadline=None)
+@example([(14, b"\0")])
 @given(st.lists(st.tuples(st.integers(0, 600), st.binary(min_size=1, max_size=8)), max_size=6))
 def test_damaged_headers(tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, bytes]]) -> None:
     """An image whose header is damaged anywhere is refused as a disk, or read: never more."""
