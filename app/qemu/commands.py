@@ -61,19 +61,22 @@ class Connection:
         client = _Client(sink)
         greeting = min(GREETING, patience)
         pid: int | None = None
+        sock: socket.socket | None = None
         try:
             async with asyncio.timeout(greeting):
                 if address.unix is not None:
                     sock = await _connect_unix(address.unix)
                     pid = _peer(sock)
-                    await client.connect(sock)
                 else:
                     assert address.tcp is not None
-                    await client.connect(address.tcp)
+                    sock = await _connect_tcp(*address.tcp)
+                await client.connect(sock)
         except TimeoutError:
             await _disconnect(client)
             if pid is not None and is_stopped(pid):
                 raise Unreachable(f"the process {pid} behind the monitor is stopped") from None
+            if sock is None and address.tcp is not None:
+                raise Unreachable(f"no monitor at {address.tcp}: no connection within {greeting:.0f} s") from None
             raise Busy(
                 f"connected, but no greeting came within {greeting:.0f} s: another client holds the monitor; "
                 "give QEMU a second one (-qmp) for this service"
@@ -141,6 +144,25 @@ async def _connect_unix(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+async def _connect_tcp(host: str, port: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    failed: OSError | None = None
+    for family, kind, protocol, _name, place in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, place)
+        except OSError as error:
+            sock.close()
+            failed = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failed or OSError(f"{host} has no address")
 
 
 def _peer(sock: socket.socket) -> int | None:

@@ -38,6 +38,10 @@ SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 LETTERS: Final = 26
 
 
+class Torn(Exception):
+    """The replies are of different moments: one names a node that another does not have."""
+
+
 def bus_prefix(device_type: str | None, controller_type: str | None) -> str:
     """How target names on the device's bus begin; both are QOM type names, the controller is the bus's owner."""
     if device_type is None:
@@ -74,7 +78,7 @@ def read_disks(
 
     `blocks`, `stats`, `nodes` are what query-block, query-blockstats and query-named-block-nodes (flat) return,
     `graph` what x-debug-query-block-graph does (None: no job runs). `prefixes` maps a device (as query-block names it)
-    to the beginning of its target name; `folder` is QEMU's working directory.
+    to the beginning of its target name; `folder` is QEMU's working directory. Raises `Torn`.
     """
     by_name = {node["node-name"]: node for node in nodes}
     by_backend = {(entry.get("device", ""), entry.get("qdev")): entry for entry in stats}
@@ -116,8 +120,10 @@ def _layers(root: Reply, nodes: Mapping[str, Reply], folder: str | None) -> tupl
     layers: list[Layer] = []
     filters: list[str] = []
     at: Reply | None = root
-    while at is not None and at.get("node-name") in nodes:
-        node = nodes[at["node-name"]]
+    while at is not None:
+        node = nodes.get(at.get("node-name", ""))
+        if node is None:
+            raise Torn
         if node["drv"] in FILTERS:
             filters.append(node["node-name"])
             at = at.get("backing") or at.get("parent")

@@ -6,6 +6,7 @@ Whatever may block (a stat on a dead file server) happens in threads.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import posixpath
@@ -22,7 +23,7 @@ from app.core.job import NotDeleted, Process
 from app.core.plan import Selection
 from app.engine.ports import Measure
 from app.qemu import qcow2
-from app.qemu.process import as_seen_by
+from app.qemu.process import as_seen_by, open_folder, place_of
 
 HEADER: Final = 65536
 """Bytes that hold all of a header."""
@@ -93,8 +94,18 @@ class LocalImages:
         self._qemu_img = qemu_img
 
     def _allowed(self, path: str) -> bool:
-        real = os.path.realpath(path)
-        return not self._roots or any(os.path.commonpath((real, root)) == root for root in self._roots)
+        with suppress(OSError):
+            file = os.open(path, os.O_PATH)
+            try:
+                return self._holds(file)
+            finally:
+                os.close(file)
+        return False
+
+    def _holds(self, file: int) -> bool:
+        """Whether an open file or folder is inside the roots."""
+        place = place_of(file)
+        return not self._roots or any(os.path.commonpath((place, root)) == root for root in self._roots)
 
     async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
         """The identities of those of the `names` that are paths of files that can be seen."""
@@ -203,23 +214,33 @@ class LocalImages:
         todo = list(paths)
 
         def look() -> dict[str, str]:
-            found = ((path, self._why_not(path, as_seen_by(path, process))) for path in todo)
+            found = ((path, self._why_not(path, process)) for path in todo)
             return {path: reason for path, reason in found if reason is not None}
 
         return await asyncio.to_thread(look)
 
-    def _why_not(self, path: str, seen: str) -> str | None:
+    def _why_not(self, path: str, process: Process | None) -> str | None:
         if not path.startswith("/"):
             return "not a file"
         try:
-            mode = os.lstat(seen).st_mode
+            folder = open_folder(path, process)
+        except OSError as error:
+            return f"can't be seen by the service: {error.strerror}"
+        try:
+            return self._why_not_in(folder, posixpath.basename(path))
+        finally:
+            os.close(folder)
+
+    def _why_not_in(self, folder: int, name: str) -> str | None:
+        try:
+            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
         except OSError as error:
             return f"can't be seen by the service: {error.strerror}"
         if stat.S_ISLNK(mode):
             return "a symbolic link; the image behind it may have other names"
         if not stat.S_ISREG(mode):
             return "not a regular file"
-        return None if self._allowed(seen) else "outside image_roots"
+        return None if self._holds(folder) else "outside image_roots"
 
     async def unlink(
         self, paths: Sequence[str], process: Process | None, in_use: Callable[[str, Identity | None], str | None]
@@ -230,25 +251,27 @@ class LocalImages:
         for path in paths:
             seen = as_seen_by(path, process)
             user = in_use(path, await asyncio.to_thread(_identity, seen))
-            reason = f"in use by {user}" if user else await asyncio.to_thread(self._unlink, path, seen)
+            reason = f"in use by {user}" if user else await asyncio.to_thread(self._unlink, path, process)
             if reason is None:
                 deleted.append(path)
             else:
                 kept.append(NotDeleted(file=path, reason=reason))
         return tuple(deleted), tuple(kept)
 
-    def _unlink(self, path: str, seen: str) -> str | None:
+    def _unlink(self, path: str, process: Process | None) -> str | None:
         """Unlink one file for good; None, or why it was left."""
+        name = posixpath.basename(path)
         try:
-            folder = os.open(posixpath.dirname(seen), os.O_RDONLY | os.O_DIRECTORY)
+            folder = open_folder(path, process)
         except OSError as error:
             return f"its folder can't be opened: {error.strerror}"
         try:
-            if posixpath.basename(seen) not in os.listdir(folder):
+            if name not in os.listdir(folder):
                 return None
-            if (reason := self._why_not(path, seen)) is not None:
+            # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
+            if (reason := self._why_not_in(folder, name)) is not None:
                 return reason
-            os.unlink(posixpath.basename(seen), dir_fd=folder)
+            os.unlink(name, dir_fd=folder)
             os.fsync(folder)
         except OSError as error:
             return error.strerror or str(error)
@@ -269,10 +292,17 @@ class LocalImages:
         return await asyncio.to_thread(look)
 
     def _header(self, path: str) -> qcow2.Header:
-        if not self._allowed(path):
-            raise PermissionError(1, "outside image_roots", path)
-        with open(path, "rb", buffering=0) as file:
-            return qcow2.parse(file.read(HEADER))
+        # A header may name anything; opening a pipe that nobody writes to would wait for ever.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(file).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+                raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+            if not self._holds(file):
+                raise PermissionError(errno.EPERM, "outside image_roots", path)
+            return qcow2.parse(os.pread(file, HEADER, 0))
+        finally:
+            os.close(file)
 
     async def offline_disk(self, name: str, image: str) -> Disk:
         """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
@@ -300,14 +330,14 @@ class LocalImages:
         header: qcow2.Header | None = None
         try:
             header = None if expected == "raw" else self._header(path)
-        except qcow2.NotQcow2:
-            if expected == "qcow2":
+        except qcow2.NotQcow2 as error:
+            if expected == "qcow2" or isinstance(error, qcow2.Damaged):
                 raise
         if expected == "raw" and not self._allowed(path):
             raise PermissionError(1, "outside image_roots", path)
         return Layer(
             file=path,
-            format="qcow2" if header else "raw",
+            format="qcow2" if header else expected or "raw",
             node="",
             virtual_size=header.virtual_size if header else found.st_size,
             actual_size=found.st_blocks * 512,

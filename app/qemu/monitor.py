@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 
 from app.core.chain import Disk
-from app.core.errors import CANCELED
+from app.core.errors import CANCELED, Code, Problem
 from app.core.happenings import Observed
 from app.core.job import Job, Process, Progress
 from app.core.qmp import block_commit_arguments
@@ -65,6 +65,16 @@ HINTS: Final = frozenset(
 
 LAST_WORDS_MAX: Final = 256
 
+READS: Final = 3
+"""How often the disks are read before a graph that changes all the while is given up."""
+
+NODES_SAFE: Final = 10
+"""QEMU's major version from which query-named-block-nodes is known to be harmless at any time.
+
+7.2 crashes at it while a block-stream job has concluded and is not dismissed: the job still holds its filter, which has
+no child any more.
+"""
+
 
 @contextmanager
 def _understood() -> Generator[None]:
@@ -84,6 +94,7 @@ class QmpMonitor:
         self._commands = commands
         self._events = events
         self._prefixes: dict[str, str] = {}
+        self._nodes: Sequence[Mapping[str, Any]] = ()
 
     @property
     def connected(self) -> bool:
@@ -104,28 +115,42 @@ class QmpMonitor:
 
     async def disks(self) -> tuple[Disk, ...]:
         """The domain's disks and their chains, as they are now."""
-        with _understood():
-            disks = await self._read_disks()
-        return await asyncio.to_thread(with_files, disks, self.facts.process)
+        for _ in range(READS):
+            try:
+                with _understood():
+                    disks = await self._read_disks()
+            except graph.Torn:
+                continue
+            return await asyncio.to_thread(with_files, disks, self.facts.process)
+        raise Declined(Problem(code=Code.QEMU_ERROR, detail="the block graph changes while it is read; try again"))
 
     async def _read_disks(self) -> tuple[Disk, ...]:
         execute = self._connection.execute
         blocks = await execute("query-block")
         stats = await execute("query-blockstats")
-        nodes = await execute("query-named-block-nodes", {"flat": True})
+        unfinished = await execute("query-block-jobs")
+        stream = next((job["device"] for job in unfinished if job["type"] == "stream"), None)
+        if stream is None or self._connection.greeting.get("qemu", {}).get("major", 0) >= NODES_SAFE:
+            self._nodes = await execute("query-named-block-nodes", {"flat": True})
         prefixes = {qdev: await self._prefix(qdev) for block in blocks if (qdev := block.get("qdev"))}
-        running = [job for job in await execute("query-block-jobs") if job["status"] not in ("concluded", "null")]
+        running = [job for job in unfinished if job["status"] not in ("concluded", "null")]
         block_graph = None
         if running and "x-debug-query-block-graph" in self._commands:
             block_graph = await execute("x-debug-query-block-graph")
-        disks = graph.read_disks(
-            blocks=blocks,
-            stats=stats,
-            nodes=nodes,
-            graph=block_graph,
-            prefixes=prefixes,
-            folder=folder_of(self.facts.process),
-        )
+        try:
+            disks = graph.read_disks(
+                blocks=blocks,
+                stats=stats,
+                nodes=self._nodes,
+                graph=block_graph,
+                prefixes=prefixes,
+                folder=folder_of(self.facts.process),
+            )
+        except graph.Torn:
+            if stream is None:
+                raise
+            detail = f"QEMU {self.facts.version} can't be asked about its nodes until its job {stream} is dismissed"
+            raise Declined(Problem(code=Code.JOB_CONFLICT, detail=detail, extra={"job": stream})) from None
         if running and block_graph is None:
             # Nothing says which disk a job works on, so it counts for all of them.
             ids = tuple(job["device"] for job in running)
@@ -295,11 +320,12 @@ async def _is_libvirts(connection: Connection) -> bool:
     """Whether libvirt started this QEMU: its master key, its monitor, or its names of nodes are there."""
     objects = await _ask(connection, "qom-list", {"path": "/objects"}) or ()
     chardevs = await _ask(connection, "query-chardev") or ()
-    nodes = await _ask(connection, "query-named-block-nodes", {"flat": True}) or ()
+    # Not query-named-block-nodes: see NODES_SAFE.
+    block_graph: Mapping[str, Any] = await _ask(connection, "x-debug-query-block-graph") or {}
     return (
         any(entry["name"] == "masterKey0" for entry in objects)
         or any(entry["label"] == "charmonitor" for entry in chardevs)
-        or any(LIBVIRT_NODE.fullmatch(entry["node-name"]) for entry in nodes)
+        or any(LIBVIRT_NODE.fullmatch(node["name"]) for node in block_graph.get("nodes", ()))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,31 @@ def as_seen_by(path: str, process: Process | None) -> str:
             return path
         return root + path
     return path
+
+
+def open_folder(path: str, process: Process | None) -> int:
+    """The open folder of the file that the process calls `path`; raises OSError.
+
+    Below another root no links are followed: the kernel resolves an absolute one, and `..`, from the service's own
+    root (path_resolution(7)), so that the process could lead the service anywhere.
+    """
+    if as_seen_by(path, process) == path or process is None:
+        return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    folder = os.open(f"/proc/{process.pid}/root", os.O_RDONLY | os.O_DIRECTORY)
+    for name in filter(None, os.path.dirname(path).split("/")):
+        above = folder
+        try:
+            if name == "..":
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+        finally:
+            os.close(above)
+    return folder
+
+
+def place_of(file: int) -> str:
+    """Where an open file or folder really is. Unlike a path that is resolved, it can't change before it is used."""
+    return os.readlink(f"/proc/self/fd/{file}")
 
 
 def folder_of(process: Process) -> str | None:

@@ -18,6 +18,10 @@ class NotQcow2(ValueError):
     """The bytes are no qcow2 header."""
 
 
+class Damaged(NotQcow2):
+    """They begin as one does, and then make no sense."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """What a chain needs of a header. Sizes in bytes."""
@@ -29,20 +33,22 @@ class Header:
 
 
 def parse(head: bytes) -> Header:
-    """The header from the first bytes of the file (64 KiB hold all of any header); raises `NotQcow2`."""
-    if len(head) < 72 or head[:4] != MAGIC:
+    """The header from the first bytes of the file (64 KiB hold all of any header); raises `NotQcow2`, or `Damaged`."""
+    if head[:4] != MAGIC:
         raise NotQcow2("the magic bytes of qcow2 are missing")
+    if len(head) < 72:
+        raise Damaged("the header is cut short")
     version, name_at, name_length, cluster_bits, virtual_size = struct.unpack_from(">IQIIQ", head, 4)
     if version not in (2, 3) or not 9 <= cluster_bits <= 21 or name_length > NAME_MAX:
-        raise NotQcow2(f"version {version}, clusters of 2^{cluster_bits}, a name of {name_length} bytes: not a header")
+        raise Damaged(f"version {version}, clusters of 2^{cluster_bits}, a name of {name_length} bytes: not a header")
     if name_at + name_length > len(head):
-        raise NotQcow2("the backing file's name lies outside of the header")
+        raise Damaged("the backing file's name lies outside of the header")
     try:
         backing = head[name_at : name_at + name_length].decode() if name_at and name_length else None
     except UnicodeDecodeError as error:
-        raise NotQcow2("the backing file's name is not UTF-8") from error
+        raise Damaged("the backing file's name is not UTF-8") from error
     if backing is not None and "\0" in backing:
-        raise NotQcow2("the backing file's name holds a NUL character, which no path can")
+        raise Damaged("the backing file's name holds a zero byte, as no path does")
     return Header(
         virtual_size=virtual_size,
         cluster_size=1 << cluster_bits,

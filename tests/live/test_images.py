@@ -7,7 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,41 @@ def test_unlink_behind_a_symlinked_folder(zoo: Path) -> None:
     assert not (zoo.parent / "elsewhere" / "secret").exists()
 
 
+@contextmanager
+def container(folder: Path) -> Generator[Process]:
+    """A process with a root of its own, whose /images is `folder`; it takes root to make one."""
+    root = folder.parent / "root"
+    for name in ("bin", "lib", "lib64", "usr", "images", "old"):
+        (root / name).mkdir(parents=True)
+    binds = "".join(f"mount --bind /{name} {root}/{name}; " for name in ("bin", "lib", "lib64", "usr"))
+    script = f"""set -e; mount --make-rprivate /; mount --bind {root} {root}; {binds}
+        mount --bind {folder} {root}/images; cd {root}; pivot_root . old; echo up; exec sleep 60"""
+    started = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        yield Process(pid=started.pid, started=start_time(started.pid), uuid=None)
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def test_links_of_another_root_lead_nowhere(zoo: Path) -> None:
+    """A container's links don't lead the service to the host's files, whatever they are called in there."""
+    target = zoo.parent / "elsewhere"
+    (zoo / "image").write_text("data")
+    (zoo / "up").symlink_to("..")
+    with container(zoo) as process:
+        images = LocalImages(("/images",), 10)
+        names = ("door/secret", "up/elsewhere/secret", "../elsewhere/secret")
+        bad = [f"/images/{name}" for name in names]
+        assert set(asyncio.run(images.undeletable([*bad, "/images/image"], process))) == set(bad)
+        deleted, kept = asyncio.run(images.unlink([*bad, "/images/image"], process, nobody))
+    assert (deleted, [item.file for item in kept]) == (("/images/image",), bad)
+    assert (target / "secret").read_text() == "data"
+    assert not (zoo / "image").exists()
+
+
 # Disks of domains that are off ---------------------------------------------------------------------------------------
 
 
@@ -359,6 +395,27 @@ def test_offline_disk_with_a_missing_layer(tmp_path: Path) -> None:
     text.write_text("no image " * 100)
     assert "magic" in refusal(create(tmp_path / "wrong.qcow2", backing="text.qcow2"))
     assert "No such file" in refusal(tmp_path / "gone.qcow2")
+
+
+def test_offline_disk_over_a_pipe(tmp_path: Path) -> None:
+    """A header that names a pipe keeps nobody waiting."""
+    os.mkfifo(tmp_path / "pipe")
+    create(tmp_path / "top", backing="pipe")
+
+    async def read() -> None:
+        async with asyncio.timeout(5):
+            with suppress(Refused):
+                await IMAGES.offline_disk("vda", str(tmp_path / "top"))
+
+    asyncio.run(read())
+
+
+def test_offline_disk_with_a_zero_byte_in_a_name(tmp_path: Path) -> None:
+    """A name that no path can be is refused as any other that leads nowhere."""
+    image = create(tmp_path / "top", backing="aXb")
+    image.write_bytes(image.read_bytes().replace(b"aXb", b"a\0b", 1))
+    assert "zero byte" in refusal(image)
+    assert asyncio.run(IMAGES.backing_path(str(image))) is None
 
 
 def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 import tracemalloc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -189,6 +189,25 @@ def test_nobody_listens(path: Path) -> None:
             await QmpConnector(5).connect(Address(unix=str(path)), lambda: None)
         with pytest.raises(Unreachable):
             await QmpConnector(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
+
+    run(story())
+
+
+def test_a_host_that_does_not_answer() -> None:
+    """A TCP address where no connection comes about is unreachable, not held by another client."""
+
+    async def story() -> None:
+        with ExitStack() as stack:
+            server = stack.enter_context(socket.socket())
+            server.bind(("127.0.0.1", 0))
+            server.listen(0)
+            # Nobody accepts, so once the queue is full nothing is answered at all.
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(server.getsockname())
+            with pytest.raises(Unreachable, match="no connection within"):
+                await QmpConnector(SHORT).connect(Address(tcp=server.getsockname()), lambda: None)
 
     run(story())
 
