@@ -22,6 +22,7 @@ from app.engine.host import Host
 from app.engine.hub import Hub
 from app.engine.service import Service
 from app.engine.supervisor import Supervisor
+from app.engine.views import Render
 from app.journal.journal import SqliteJournal
 from app.journal.lock import locked
 from app.journal.tokens import Tokens
@@ -61,13 +62,21 @@ class Application:
     hub: Hub
 
 
+def _as_it_is(_host: Host) -> None:
+    """The service as it is run: nothing stands between the engine and what is behind its ports."""
+
+
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncGenerator[Application]:
+async def running(
+    settings: Settings, *, render: Render | None = None, dress: Callable[[Host], None] = _as_it_is
+) -> AsyncGenerator[Application]:
     """The service with everything behind it, for as long as the block lasts.
 
-    Raises `StateDirInUse` where another service has the state directory.
+    `render` and `dress` are for builds that look at, or end, what goes through the ports: `dress` may put other ones
+    in place of a host's before anything uses them. Raises `StateDirInUse` where another service has the state
+    directory.
     """
-    clock, render = SystemClock(), JsonRender()
+    clock, render = SystemClock(), render or JsonRender()
     with ExitStack() as stack:
         stack.enter_context(locked(settings.state_dir))
         journal = SqliteJournal.open(settings.state_dir, render, clock)
@@ -75,7 +84,6 @@ async def running(settings: Settings) -> AsyncGenerator[Application]:
         tokens = stack.enter_context(Tokens.open(settings.state_dir, clock))
         tokens.ensure_admin()
         hub = Hub(journal, clock)
-        journal.listen(hub.publish)
         host = Host(
             connector=QmpConnector(settings.qmp_timeout),
             journal=journal,
@@ -86,6 +94,8 @@ async def running(settings: Settings) -> AsyncGenerator[Application]:
             render=render,
             new_id=new_job_id,
         )
+        dress(host)
+        host.journal.listen(hub.publish)
         supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
         service = Service(host, supervisor)
         await supervisor.start()
@@ -96,10 +106,16 @@ async def running(settings: Settings) -> AsyncGenerator[Application]:
             await supervisor.stop()
 
 
-async def serve(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken."""
+async def serve(
+    settings: Settings,
+    *,
+    ready: Callable[[str], None] | None = None,
+    render: Render | None = None,
+    dress: Callable[[Host], None] = _as_it_is,
+) -> None:
+    """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken. The rest as in `running`."""
     os.umask(0o077)
-    async with running(settings) as application:
+    async with running(settings, render=render, dress=dress) as application:
         server = Server(application.api, application.hub, settings.listen, ready=ready)
         await server.serve()
 

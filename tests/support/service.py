@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ import httpx
 
 ENDED = ("completed", "failed", "canceled", "lost")
 JSON = dict[str, Any]
+SERVE = ("app.cli.main", "serve")
 
 
 class Service:
@@ -34,21 +35,12 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self.client = self._client("")
 
-    def start(self) -> Self:
-        """Start it, and return once it answers."""
-        environ = {key: value for key, value in os.environ.items() if not key.startswith("BLOCKJOBD_")}
-        environ |= {
-            "BLOCKJOBD_LISTEN": f"unix:{self.socket}",
-            "BLOCKJOBD_STATE_DIR": str(self.state_dir),
-            "BLOCKJOBD_QMP_DIR": str(self.qmp_dir),
-            "BLOCKJOBD_LOG_FORMAT": "json",
-        } | self.settings
-        with (self.folder / "service.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli.main", "serve"], env=environ, stdout=log, stderr=log
-            )
+    def start(self, build: Sequence[str] = SERVE, environ: Mapping[str, str] | None = None) -> Self:
+        """Start it, and return once it answers; `build` is the module to run, with its arguments."""
+        self.launch(build, environ)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
+            assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"the service ended: {self.log()[-2000:]}")
             if self._listens() and self.client.get("/readyz").status_code == 200:
@@ -59,6 +51,22 @@ class Service:
         self.client.close()
         self.client = self._client((self.state_dir / "token").read_text().strip())
         return self
+
+    def launch(self, build: Sequence[str] = SERVE, more: Mapping[str, str] | None = None) -> None:
+        """Start it, and don't wait."""
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("BLOCKJOBD_")}
+        environ |= (
+            {
+                "BLOCKJOBD_LISTEN": f"unix:{self.socket}",
+                "BLOCKJOBD_STATE_DIR": str(self.state_dir),
+                "BLOCKJOBD_QMP_DIR": str(self.qmp_dir),
+                "BLOCKJOBD_LOG_FORMAT": "json",
+            }
+            | self.settings
+            | dict(more or {})
+        )
+        with (self.folder / "service.log").open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", *build], env=environ, stdout=log, stderr=log)
 
     def _listens(self) -> bool:
         # Asked without httpx, which leaves the socket of a failed attempt open until it is collected.

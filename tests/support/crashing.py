@@ -1,0 +1,231 @@
+"""A build of the service that ends by SIGKILL at a named point: `CRASH_FILE=FILE python -m tests.support.crashing`.
+
+Every port of the engine has something around it that passes points: `before-` and `after-` each call that stores or
+acts, `sent-` once a command is on its way to QEMU and its reply has not been read, `inside-` a transaction between the
+change of a job and the event that tells of it. Points count while there is an unfinished job. The file holds the point
+at which to die, and may change at any time; where it is empty, the points that are passed are written to `FILE.passed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import uvloop
+
+from app.api.schemas import JsonRender
+from app.core.chain import Identity
+from app.core.job import Job, State
+from app.core.moves import Told
+from app.engine.host import Host
+from app.engine.ports import Address, Connector, Images, Journal, Monitor, StoredEvent
+from app.engine.views import DomainView
+from app.logs import configure
+from app.settings import load
+from app.wiring import serve
+
+SENT: Final = 0.005
+"""Seconds in which a command has left for QEMU."""
+
+QMP: Final = {
+    "start": "block-commit",
+    "complete": "job-complete",
+    "cancel": "job-cancel",
+    "dismiss": "job-dismiss",
+    "disks": "read-chain",
+}
+"""The calls of a monitor that are points, and what they are called here."""
+
+
+class Fuse:
+    """Ends the process at the point that the file names, or writes down the points that are passed."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._passed = file.with_suffix(".passed")
+        self._lit = False
+
+    def light(self, *, lit: bool) -> None:
+        """Whether points count from now on."""
+        self._lit = lit
+
+    def wanted(self) -> str:
+        """The point at which to die; empty if nowhere."""
+        return self._file.read_text() if self._lit else ""
+
+    def reach(self, point: str) -> None:
+        """The process is at `point`."""
+        wanted = self.wanted()
+        if point == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._lit and not wanted:
+            with self._passed.open("a") as passed:
+                passed.write(f"{point}\n")
+
+    async def around(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        """What `call` returns, with a point before it, one while it waits for its answer, and one after it."""
+        self.reach(f"before-{name}")
+        if self.wanted() == f"sent-{name}":
+            task = asyncio.ensure_future(call())
+            await asyncio.sleep(SENT)
+            self.reach(f"sent-{name}")
+            return await task
+        done = await call()
+        self.reach(f"after-{name}")
+        return done
+
+
+class Around:
+    """A port with points before and after those of its calls that have a name; other calls pass through."""
+
+    def __init__(self, inner: object, fuse: Fuse, name: Callable[[str, tuple[Any, ...]], str | None]) -> None:
+        self._inner = inner
+        self._fuse = fuse
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        inner: Any = getattr(self._inner, attribute)
+        if not inspect.iscoroutinefunction(inner):
+            return inner
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            name = self._name(attribute, arguments)
+            if name is None:
+                return await inner(*arguments, **named)
+            return await self._fuse.around(name, lambda: inner(*arguments, **named))
+
+        return call
+
+
+def version_of(job: Job) -> str:
+    """What a stored version of a job is called in a point's name."""
+    judged = job.state is State.CONCLUDING and job.ending is not None
+    return "store-judged" if judged else f"store-{job.state}"
+
+
+class DyingRender(JsonRender):
+    """Called in the middle of a transaction: after the job's row, before the event's."""
+
+    def __init__(self, fuse: Fuse) -> None:
+        self._fuse = fuse
+
+    def job(self, job: Job) -> str:
+        """The JSON of a job."""
+        self._fuse.reach(f"inside-{version_of(job)}")
+        return super().job(job)
+
+    def domain(self, view: DomainView) -> str:
+        """The JSON of a domain."""
+        return super().domain(view)
+
+
+class DyingJournal(Around):
+    """The journal, with points also before and after subscribers are told."""
+
+    def __init__(self, inner: Journal, fuse: Fuse) -> None:
+        super().__init__(inner, fuse, self._called)
+        self._journal = inner
+
+    def _called(self, attribute: str, arguments: tuple[Any, ...]) -> str | None:
+        if attribute not in ("add_job", "store"):
+            return None
+        self._fuse.light(lit=True)
+        told: Sequence[Told] = arguments[0]
+        return version_of(told[-1].job)
+
+    async def unfinished(self) -> Sequence[Job]:
+        """As the journal's own, asked at the start."""
+        jobs = await self._journal.unfinished()
+        self._fuse.light(lit=bool(jobs))
+        return jobs
+
+    async def store(self, told: Sequence[Told]) -> None:
+        """As the journal's own; the points after an ended job's belong to nobody."""
+        await self._fuse.around(self._called("store", (told,)) or "", lambda: self._journal.store(told))
+        self._fuse.light(lit=not told[-1].job.ended)
+
+    def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:
+        """As the journal's own."""
+
+        def told(events: Sequence[StoredEvent]) -> None:
+            for event in events:
+                self._fuse.reach(f"before-publish-{event.type}")
+            publish(events)
+            for event in events:
+                self._fuse.reach(f"after-publish-{event.type}")
+
+        self._journal.listen(told)
+
+
+class DyingConnector(Around):
+    """Monitors with points around their commands, and one when QEMU tells of something."""
+
+    def __init__(self, inner: Connector, fuse: Fuse) -> None:
+        super().__init__(inner, fuse, lambda _attribute, _arguments: None)
+        self._connector = inner
+
+    async def connect(self, address: Address, hint: Callable[[], None]) -> Monitor:
+        """As the connector's own."""
+
+        def hinted() -> None:
+            self._fuse.reach("qemu-event")
+            hint()
+
+        return cast(Monitor, DyingMonitor(await self._connector.connect(address, hinted), self._fuse))
+
+
+class DyingMonitor(Around):
+    """A monitor, with points around its commands."""
+
+    def __init__(self, inner: Monitor, fuse: Fuse) -> None:
+        super().__init__(inner, fuse, lambda attribute, _arguments: QMP.get(attribute))
+        self._monitor = inner
+
+    async def release(self, nodes: Sequence[str]) -> None:
+        """As the monitor's own, node by node."""
+        for number, node in enumerate(nodes, 1):
+            await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.release([node]))
+
+
+class DyingImages(Around):
+    """The images, with points before each file is unlinked."""
+
+    def __init__(self, inner: Images, fuse: Fuse) -> None:
+        super().__init__(inner, fuse, lambda _attribute, _arguments: None)
+        self._images = inner
+
+    async def unlink(self, paths: Sequence[str], process: Any, in_use: Callable[..., str | None], **named: Any) -> Any:
+        """As the images' own; `in_use` is asked right before each unlink."""
+        number = iter(range(1, len(paths) + 1))
+
+        def asked(file: str, identity: Identity | None) -> str | None:
+            self._fuse.reach(f"before-unlink-{next(number)}")
+            return in_use(file, identity)
+
+        done = await self._images.unlink(paths, process, asked, **named)
+        if paths:
+            self._fuse.reach("after-unlink")
+        return done
+
+
+def main() -> None:
+    """Serve, and die where it was told."""
+    fuse = Fuse(Path(os.environ["CRASH_FILE"]))
+
+    def dress(host: Host) -> None:
+        host.journal = cast(Journal, DyingJournal(host.journal, fuse))
+        host.connector = cast(Connector, DyingConnector(host.connector, fuse))
+        host.images = cast(Images, DyingImages(host.images, fuse))
+
+    settings = load(None, os.environ)
+    configure(settings.log_format)
+    uvloop.run(serve(settings, render=DyingRender(fuse), dress=dress))
+
+
+if __name__ == "__main__":
+    main()
