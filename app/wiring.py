@@ -20,6 +20,7 @@ from app.core.reconcile import JOB_PREFIX
 from app.engine.budget import Budget
 from app.engine.host import Host
 from app.engine.hub import Hub
+from app.engine.recovery import Recovery
 from app.engine.service import Service
 from app.engine.supervisor import Supervisor
 from app.engine.views import Render
@@ -91,6 +92,7 @@ async def running(
             clock=clock,
             hub=hub,
             budget=Budget(settings.max_running_jobs),
+            recovery=Recovery(clock),
             render=render,
             new_id=new_job_id,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -106,6 +106,12 @@ class PatchJobIn(In):
 
     bandwidth: Bandwidth
     flags: Flags = Field(default=[], description="`bandwidth_bytes` 16, or none")
+
+
+class ResolveIn(In):
+    """How a lost job ended, as somebody has found out who looked at the images."""
+
+    outcome: Literal["completed", "failed", "canceled"] = Field(alias="as", description="the job's state from now on")
 
 
 class MonitorIn(In):

@@ -146,6 +146,12 @@ KINDS: Final[Mapping[Code, Kind]] = {
     ),
     Code.JOB_NOT_PAUSABLE: Kind(409, "Job can't be paused", None, "Look at the job's `actions`."),
     Code.JOB_NOT_PAUSED: Kind(409, "Job is not paused", None, "Look at the job's `actions`."),
+    Code.JOB_NOT_LOST: Kind(
+        409,
+        "Job is not lost",
+        "VIR_ERR_OPERATION_INVALID",
+        "Read its outcome with `GET /jobs/{id}`.",
+    ),
     Code.CHAIN_CHANGED: Kind(412, "Chain has changed", None, "Read the disk again, and decide anew."),
     Code.DOMAIN_GONE: Kind(
         502,

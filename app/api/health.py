@@ -13,7 +13,7 @@ from app.api.codes import MEDIA_TYPE, NOT_READY, refusals
 from app.api.metrics import Metrics
 from app.api.problems import path_of
 from app.api.requests import READS, UseCases
-from app.api.schemas import HealthOut
+from app.api.schemas import HealthOut, RecoveryOut, recovery_out
 
 free = APIRouter(tags=["health"])
 """Routes that take no token."""
@@ -51,6 +51,12 @@ async def get_readiness(request: Request, use: UseCases) -> HealthOut | Response
         "checks": failing,
     }
     return JSONResponse(document, status_code=503, media_type=MEDIA_TYPE)
+
+
+@router.get("/recovery", operation_id="getRecovery", responses=refusals(*READS))
+async def get_recovery(_who: Reader, use: UseCases) -> RecoveryOut:
+    """What was found after the service's start: the jobs that were unfinished, and those that nobody knew."""
+    return recovery_out(use.recovery())
 
 
 @router.get(

@@ -8,8 +8,8 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Header, Query, Response
 
-from app.api.auth import Guarded, Operator, Reader
-from app.api.bodies import PatchJobIn
+from app.api.auth import Admin, Guarded, Operator, Reader
+from app.api.bodies import PatchJobIn, ResolveIn
 from app.api.cloudevents import Events, event_json
 from app.api.codes import refusals
 from app.api.requests import CHANGES, READS, JobId, Limit, NumberCursor, UseCases, page
@@ -146,6 +146,17 @@ async def pause_job(job_id: JobId, _who: Operator, use: UseCases) -> Response:
 async def resume_job(job_id: JobId, _who: Operator, use: UseCases) -> Response:
     """Have a paused job go on."""
     return job_response(await use.resume(job_id), status_code=202)
+
+
+@router.post(
+    "/jobs/{job_id}/resolve",
+    operation_id="resolveJob",
+    response_model=JobOut,
+    responses=refusals(*CHANGES, Code.JOB_NOT_FOUND, Code.JOB_NOT_LOST),
+)
+async def resolve_job(job_id: JobId, body: ResolveIn, who: Admin, use: UseCases) -> Response:
+    """Record a person's verdict on a lost job, with the name of their token. No image is touched."""
+    return job_response(await use.resolve(job_id, State(body.outcome), who=who.name))
 
 
 @router.patch("/jobs/{job_id}", operation_id="setJobSpeed", response_model=JobOut, responses=refusals(*STEER))

@@ -13,6 +13,7 @@ from app.core.flags import flag_names
 from app.core.job import DataState, Job, JobType, OnError, OnReady, PauseReason, State
 from app.core.plan import Plan
 from app.core.qmp import block_commit_arguments
+from app.engine.recovery import Found, Recovery
 from app.engine.views import DiskView, DomainState, DomainView
 
 
@@ -100,6 +101,13 @@ class ResultOut(Out):
     not_deleted: Sequence[NotDeletedOut]
 
 
+class ResolutionOut(Out):
+    """A person's verdict on a job that was lost."""
+
+    by: str
+    at: str
+
+
 class JobOut(Out):
     """A block job."""
 
@@ -127,6 +135,9 @@ class JobOut(Out):
     ready_at: str | None
     finished_at: str | None
     version: int = Field(description="rises with each stored change; also the `ETag`")
+    resolved: ResolutionOut | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="there where a person has judged the outcome"
+    )
 
 
 class WarningOut(Out):
@@ -183,6 +194,31 @@ class Jobs(Out):
     """A page of jobs, newest first."""
 
     items: Sequence[JobOut]
+    next: str | None
+
+
+class FindingOut(Out):
+    """A job as it was found after the service's start."""
+
+    job: str
+    domain: str
+    disk: str | None
+    found: Found = Field(
+        description="`waiting`: its QEMU has not been asked yet; `queued`; `started`: QEMU had not heard of it; "
+        "`re-adopted`: it goes on; `finished` while no service was there; `lost`; `adopted`: the journal did not know "
+        "it; `unknown`: neither does anybody tell what it works on, so it is left alone"
+    )
+    state: State | None = Field(description="its state when it was found")
+    proof: str | None = Field(description="how the outcome of a finished job is known")
+    at: str
+
+
+class RecoveryOut(Out):
+    """What was found after the service's start."""
+
+    started_at: str
+    waiting: int = Field(description="how many jobs' QEMUs have not been asked yet; 0: this is all")
+    items: Sequence[FindingOut]
     next: str | None
 
 
@@ -270,11 +306,34 @@ def job_out(job: Job) -> JobOut:
         ready_at=_time_or_none(job.ready_at),
         finished_at=_time_or_none(job.finished_at),
         version=job.version,
+        resolved=ResolutionOut(by=job.resolved.by, at=timestamp(job.resolved.at)) if job.resolved else None,
     )
 
 
 def _time_or_none(ms: int | None) -> str | None:
     return None if ms is None else timestamp(ms)
+
+
+def recovery_out(recovery: Recovery) -> RecoveryOut:
+    """The JSON of a recovery report."""
+    findings = recovery.findings
+    return RecoveryOut(
+        started_at=timestamp(recovery.started_at),
+        waiting=sum(finding.found is Found.WAITING for finding in findings),
+        items=[
+            FindingOut(
+                job=finding.job_id,
+                domain=finding.domain,
+                disk=finding.disk,
+                found=finding.found,
+                state=finding.state,
+                proof=finding.proof,
+                at=timestamp(finding.at),
+            )
+            for finding in findings
+        ],
+        next=None,
+    )
 
 
 def plan_out(plan: Plan) -> PlanOut:

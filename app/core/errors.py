@@ -58,6 +58,7 @@ class Code(StrEnum):
     JOB_NOT_PIVOTABLE = "job-not-pivotable"
     JOB_NOT_PAUSABLE = "job-not-pausable"
     JOB_NOT_PAUSED = "job-not-paused"
+    JOB_NOT_LOST = "job-not-lost"
 
     CHAIN_CHANGED = "chain-changed"
     DOMAIN_GONE = "domain-gone"

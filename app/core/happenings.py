@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.core.errors import Problem
-from app.core.job import Process, Progress, Proof, Result
+from app.core.job import Process, Progress, Proof, Result, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,14 @@ class SetSpeed:
     bandwidth: int
 
 
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Somebody who has looked at the images says how a lost job ended; `by` is their name."""
+
+    outcome: State
+    by: str
+
+
 Event = (
     Launch
     | Accepted
@@ -126,4 +134,5 @@ Event = (
     | Pause
     | Resume
     | SetSpeed
+    | Resolve
 )

@@ -58,6 +58,7 @@ class EventType(StrEnum):
     FAILED = "job.failed"
     CANCELED = "job.canceled"
     LOST = "job.lost"
+    ADOPTED = "job.adopted"
 
 
 ENDINGS: Final = {
@@ -218,12 +219,20 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """A person's verdict on a job that was lost: who gave it, and when (ms since 1970)."""
+
+    by: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One block job, from its request to its outcome. Times are milliseconds since 1970, UTC.
 
     `work` and the fields from `intent` on are the service's own and not shown outside. `unconfirmed` are commands that
     nothing in QEMU's status would show to be missing: they are sent again at the next look, in case that the service
-    or the connection ended between the wish and its command.
+    or the connection ended between the wish and its command. `resolved` is set where a person has judged the outcome.
     """
 
     id: str
@@ -259,6 +268,7 @@ class Job:
     verdict: Verdict | None = None
     verdict_error: str | None = None
     ending: State | None = None
+    resolved: Resolution | None = None
 
     @property
     def ended(self) -> bool:
@@ -292,4 +302,5 @@ ACTIONS: Final[Mapping[State, tuple[str, ...]]] = {
     State.RUNNING: ("abort", "pause", "set-speed"),
     State.PAUSED: ("resume", "abort", "set-speed"),
     State.READY: ("pivot", "abort", "set-speed"),
+    State.LOST: ("resolve",),
 }

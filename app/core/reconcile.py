@@ -48,6 +48,29 @@ def leftovers(seen: Mapping[str, Observed], jobs: Mapping[str, Job]) -> list[str
     return [id_ for id_, state in seen.items() if state.status == "concluded" and id_ in jobs and jobs[id_].ended]
 
 
+def strays(seen: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Ids of jobs in QEMU that bear our prefix and have no record: `known` are the ids that have one."""
+    return sorted(id_ for id_ in set(seen) - set(known) if id_.startswith(JOB_PREFIX))
+
+
+def how_proven(job: Job) -> str:
+    """In words for a person: what the outcome of an ended job was read from."""
+    source = "the images' headers" if job.verdict is Verdict.GONE else "QEMU's block graph"
+    if job.state is State.LOST:
+        chain = f"{source} and that together prove no outcome"
+    elif job.state is State.COMPLETED and job.intent is not Intent.KEEP:
+        chain = f"{source} showed the merged layers gone"
+    else:
+        chain = f"{source} showed the chain unchanged"
+    said = {
+        Verdict.FINE: f"QEMU had concluded it without error; {chain}",
+        Verdict.ERROR: f"QEMU had concluded it with the error: {job.verdict_error}",
+        Verdict.VANISHED: f"QEMU did not list it any more; {chain}",
+        Verdict.GONE: f"its QEMU had ended; {chain}",
+    }
+    return said[job.verdict] if job.verdict else "it was not in QEMU, and nothing had been merged"
+
+
 def prove(job: Job, chain: tuple[str, ...], *, nodes: bool) -> Proof:
     """What the disk's chain, read again from QEMU, says of the job.
 

@@ -33,6 +33,7 @@ from app.core.happenings import (
     Pause,
     Pivot,
     Rejected,
+    Resolve,
     Resume,
     SetSpeed,
     Settled,
@@ -67,6 +68,7 @@ from app.core.wishes import (
     abort_queued,
     abort_starting,
     finished,
+    not_lost,
     not_pausable,
     not_paused,
     not_ready,
@@ -75,6 +77,7 @@ from app.core.wishes import (
     pause_paused,
     pivot,
     pivot_pivoting,
+    resolve,
     resume,
     resume_running,
     set_speed,
@@ -91,8 +94,8 @@ def start_job(job: Job) -> Step:
 def step(job: Job, event: Event, now: int) -> Step:
     """What `event` makes of `job` at the time `now` (ms since 1970).
 
-    Raises `Refused` where a request (pivot, abort, pause, resume, speed) does not fit the state. Other pairs that are
-    not in the table change nothing, each for the reason in `IGNORED`.
+    Raises `Refused` where a request (pivot, abort, pause, resume, speed, resolve) does not fit the state. Other pairs
+    that are not in the table change nothing, each for the reason in `IGNORED`.
     """
     handler = TRANSITIONS.get((job.state, type(event)))
     return handler(job, event, now) if handler else Step(job)
@@ -159,6 +162,8 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
     (State.CANCELED, Abort): nothing,
     **{(state, Abort): finished for state in ENDED if state is not State.CANCELED},
     **{(state, request): finished for state in ENDED for request in (Pivot, Pause, Resume, SetSpeed)},
+    (State.LOST, Resolve): resolve,
+    **{(state, Resolve): not_lost for state in State if state is not State.LOST},
 }
 
 IGNORED: Final[Mapping[type[Event], str]] = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import Abort, Event, SetSpeed
-from app.core.job import Command, Intent, Job, JobType, State
+from app.core.happenings import Abort, Event, Resolve, SetSpeed
+from app.core.job import ENDINGS, Command, DataState, Intent, Job, JobType, Resolution, State
 from app.core.moves import Step, asked, begin_abort, begin_pivot, end, save
 
 
@@ -115,6 +115,30 @@ def set_speed_later(job: Job, event: Event, _now: int) -> Step:
 
 def finished(job: Job, _event: Event, _now: int) -> Step:
     raise Refused(Problem(code=Code.JOB_FINISHED, detail=f"the job {job.id} has ended: {job.state}"))
+
+
+def resolve(job: Job, event: Event, now: int) -> Step:
+    assert isinstance(event, Resolve)
+    merged = event.outcome is State.COMPLETED
+    # A failed job keeps what is known of its outcome as its error; the others have none.
+    judged = replace(
+        job,
+        state=event.outcome,
+        data_state=DataState.MERGED if merged else job.data_state,
+        error=job.error if event.outcome is State.FAILED else None,
+        resolved=Resolution(by=event.by, at=now),
+    )
+    return save(judged, ENDINGS[event.outcome])
+
+
+def not_lost(job: Job, _event: Event, _now: int) -> Step:
+    known = "its outcome is known" if job.ended else "its outcome is still open"
+    raise Refused(
+        Problem(
+            code=Code.JOB_NOT_LOST,
+            detail=f"the job {job.id} is {job.state}: {known}; a verdict is taken on lost jobs only",
+        )
+    )
 
 
 def nothing(job: Job, _event: Event, _now: int) -> Step:

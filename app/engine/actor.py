@@ -180,7 +180,7 @@ class Actor:
             guest_running = await self.link.require().guest_running()
             await self.disks.read()
             self.link.welcome(guest_running=guest_running)
-            await self._jobs.dismiss_leftovers()
+            await self._jobs.take_stock()
         except MonitorError as error:
             self._jobs.trouble = error
         self.link.tried.set()

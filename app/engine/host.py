@@ -11,6 +11,7 @@ from app.core.reconcile import uses_base
 from app.engine.budget import Budget
 from app.engine.hub import Hub
 from app.engine.ports import Clock, Connector, Images, Journal, StoredEvent
+from app.engine.recovery import Recovery
 from app.engine.views import Render
 
 
@@ -32,6 +33,7 @@ class Host:
     clock: Clock
     hub: Hub
     budget: Budget
+    recovery: Recovery
     render: Render
     new_id: Callable[[], str]
     disks: Callable[[], Mapping[str, tuple[Disk, ...]]] = dict

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from app.core.adopt import adopt
 from app.core.errors import Code, Problem
 from app.core.happenings import (
     Accepted,
@@ -22,15 +23,15 @@ from app.core.happenings import (
     Rejected,
     Settled,
 )
-from app.core.job import WITH_QEMU, Command, Intent, Job, Proof, Result, State, Verdict
-from app.core.moves import Step
+from app.core.job import WITH_QEMU, Command, EventType, Intent, Job, Proof, Result, State, Verdict
+from app.core.moves import Step, Told
 from app.core.progress import Meter
-from app.core.reconcile import leftovers, prove, prove_by_header, reconcile
+from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
 from app.core.transitions import start_job, step
 from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.link import Link
-from app.engine.ports import Declined, JournalFull, Monitor, MonitorError
+from app.engine.ports import Declined, JobConflict, JournalFull, Monitor, MonitorError
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +55,7 @@ class Jobs:
         self._wake = wake
         self._jobs = {job.id: job for job in jobs}
         self._planned_now: set[str] = set()
+        self._strays: list[str] = []
         self._meters: dict[str, Meter] = {}
         self._progress_due: dict[str, float] = {}
         self._paused_since: dict[str, float] = {}
@@ -125,10 +127,12 @@ class Jobs:
         """
         events: deque[Event] = deque([event])
         while events:
-            following = step(self._jobs.get(job.id, job), events.popleft(), self._host.clock.now())
+            event = events.popleft()
+            following = step(self._jobs.get(job.id, job), event, self._host.clock.now())
             if following.told:
                 await self._host.journal.store(following.told)
             job = self._keep(following.job)
+            self._host.recovery.note(job, event)
             for command in following.commands:
                 result = await self._do(job, command)
                 if result is not None:
@@ -158,6 +162,8 @@ class Jobs:
         if monitor is None:
             await self.find_gone()
             return
+        if self._strays:
+            await self._adopt(monitor)
         if any(job.state is not State.QUEUED for job in self.all()):
             await self._observe(monitor)
         for job in self.all():
@@ -175,13 +181,37 @@ class Jobs:
                 await self.advance(job, said)
             await self.advance(job, Gone())
 
-    async def dismiss_leftovers(self) -> None:
-        """Have QEMU forget jobs whose end is stored: the service died before it could say so."""
+    async def take_stock(self) -> None:
+        """Of a QEMU that has just been connected to: which of its jobs are ours.
+
+        Those whose end is stored are forgotten: the service died before it could say so. Those without a record are
+        adopted at the next look.
+        """
         monitor = self._link.require()
         seen = await monitor.jobs()
         records = {id_: job for id_ in seen if (job := await self.find(id_)) is not None}
         for id_ in leftovers(seen, records):
             await monitor.dismiss(id_)
+        self._strays = strays(seen, records)
+
+    async def _adopt(self, monitor: Monitor) -> None:
+        left: list[str] = []
+        for id_ in self._strays:
+            stray = await monitor.stray(id_)
+            if stray is None:
+                self._host.recovery.unknown(id_, self._link.domain)
+                continue
+            now, process = self._host.clock.now(), monitor.facts.process
+            job = adopt(stray, id_=id_, domain=self._link.domain, process=process, now=now)
+            try:
+                await self._host.journal.add_job([Told(EventType.ADOPTED, job)])
+            except JobConflict:
+                # The journal has another unfinished job on this disk, whose end is to be found first.
+                left.append(id_)
+                continue
+            self._host.budget.occupy(id_)
+            self._host.recovery.adopted(self._keep(job))
+        self._strays = left
 
     async def _observe(self, monitor: Monitor) -> None:
         now = self._host.clock.monotonic()

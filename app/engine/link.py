@@ -56,6 +56,7 @@ class Link:
     def __init__(
         self, registration: Registration, connector: Connector, clock: Clock, wake: Callable[[], None]
     ) -> None:
+        self.domain = registration.id
         self.monitor: Monitor | None = None
         self.process: Process | None = None
         self.tried = asyncio.Event()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from app.core.adopt import Stray
 from app.core.chain import Disk, Identity
 from app.core.errors import Problem
 from app.core.happenings import Observed
@@ -102,6 +103,10 @@ class Monitor(Protocol):
 
     async def jobs(self) -> Mapping[str, Observed]:
         """Every job that QEMU has, anybody's, by id."""
+        ...
+
+    async def stray(self, job_id: str) -> Stray | None:
+        """What a job works on of which there is no record; None where QEMU's graph does not tell."""
         ...
 
     async def start(self, job: Job) -> None:

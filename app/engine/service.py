@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import Abort, Event, Pause, Pivot, Resume, SetSpeed
+from app.core.happenings import Abort, Event, Pause, Pivot, Resolve, Resume, SetSpeed
 from app.core.job import Job, State
 from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
 from app.engine.host import Host
 from app.engine.ports import EventFilter, JobFilter, Registration, StoredEvent
+from app.engine.recovery import Recovery
 from app.engine.supervisor import Supervisor
 from app.engine.views import DiskView, DomainView
 
@@ -137,6 +138,10 @@ class Service:
         """Change the speed, in bytes/s; 0 is no limit."""
         return (await self._steer(job_id, SetSpeed(bandwidth)))[0]
 
+    async def resolve(self, job_id: str, outcome: State, *, who: str) -> Job:
+        """Record a person's verdict on a lost job."""
+        return (await self._steer(job_id, Resolve(outcome, who)))[0]
+
     async def _steer(self, job_id: str, event: Event) -> tuple[Job, bool]:
         job = await self.job(job_id)
         actor = self._supervisor.actors.get(job.domain)
@@ -159,6 +164,10 @@ class Service:
     async def readiness(self) -> Mapping[str, str | None]:
         """Each check with None, or with why the service should get no requests."""
         return {"journal": await self._host.journal.check(), "shutdown": "in progress" if self.hub.closed else None}
+
+    def recovery(self) -> Recovery:
+        """What was found after the start."""
+        return self._host.recovery
 
     def counts(self) -> Counts:
         """Figures for the metrics."""

@@ -67,7 +67,9 @@ class Supervisor:
     async def start(self) -> None:
         """Bring back what the journal knows: the registered domains, and every domain with an unfinished job."""
         jobs: dict[str, list[Job]] = {}
-        for job in await self._host.journal.unfinished():
+        unfinished = await self._host.journal.unfinished()
+        self._host.recovery.begin(unfinished)
+        for job in unfinished:
             jobs.setdefault(job.domain, []).append(job)
         registered = {registration.id: registration for registration in await self._host.journal.registrations()}
         for id_ in jobs:

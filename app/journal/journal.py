@@ -267,7 +267,7 @@ class SqliteJournal:
         for each in told:
             job = each.job
             changed = connection.execute(
-                "UPDATE jobs SET body = ? WHERE id = ? AND version = ? AND ended = 0",
+                "UPDATE jobs SET body = ? WHERE id = ? AND version = ? AND (ended = 0 OR state = 'lost')",
                 (encode_job(job), job.id, job.version - 1),
             ).rowcount
             if not changed:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
+from app.core.adopt import Stray
 from app.core.chain import Disk, Layer
 
 Reply = Mapping[str, Any]
@@ -129,25 +131,72 @@ def _layers(root: Reply, nodes: Mapping[str, Reply], folder: str | None) -> tupl
             at = at.get("backing") or at.get("parent")
             continue
         below = list(_below(at))
-        carrier = nodes.get(below[-1], node) if below else node
-        image = node["image"]
-        layers.append(
-            Layer(
-                file=_path(carrier["file"], folder),
-                format=node["drv"],
-                node=node["node-name"],
-                virtual_size=image["virtual-size"],
-                actual_size=image.get("actual-size", 0),
-                backing=image.get("backing-filename"),
-                backing_format=image.get("backing-filename-format"),
-                cluster_size=image.get("cluster-size", 65536),
-                filters=tuple(filters),
-                below=tuple(below),
-            )
-        )
+        layers.append(_layer(node, below, filters, nodes, folder))
         filters = []
         at = at.get("backing")
     return tuple(layers)
+
+
+def _layer(
+    node: Reply, below: Sequence[str], filters: Sequence[str], nodes: Mapping[str, Reply], folder: str | None
+) -> Layer:
+    carrier = nodes.get(below[-1], node) if below else node
+    image = node["image"]
+    return Layer(
+        file=_path(carrier["file"], folder),
+        format=node["drv"],
+        node=node["node-name"],
+        virtual_size=image["virtual-size"],
+        actual_size=image.get("actual-size", 0),
+        backing=image.get("backing-filename"),
+        backing_format=image.get("backing-filename-format"),
+        cluster_size=image.get("cluster-size", 65536),
+        filters=tuple(filters),
+        below=tuple(below),
+    )
+
+
+def read_stray(
+    job: Reply, *, disks: Sequence[Disk], nodes: Sequence[Reply], graph: Reply, folder: str | None
+) -> Stray | None:
+    """What a commit works on, by the nodes that it holds; None where it holds none, or none of a disk.
+
+    `job` is of query-block-jobs, the rest as in `read_disks`. A commit below the active layer holds its base and the
+    layers above until it is dismissed, also once it has merged them and they are in no chain any more; one of the
+    active layer holds its `source` and `target` until it concludes (block/commit.c, block/mirror.c).
+    """
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    held: dict[str, list[str]] = {}
+    files: dict[str, str] = {}
+    for edge in graph["edges"]:
+        child = names[edge["child"]]
+        if names[edge["parent"]] == job["device"]:
+            held.setdefault(edge["name"], []).append(child)
+        elif edge["name"] == "file":
+            files[names[edge["parent"]]] = child
+    base = next(iter([*held.get("base", ()), *held.get("target", ())]), None)
+    disk = next((disk for disk in disks if base in disk.nodes), None)
+    if base is None or disk is None:
+        return None
+    at = disk.nodes.index(base)
+    by_name = {node["node-name"]: node for node in nodes}
+    merged = [*held.get("source", ())] or [
+        name for name in held.get("intermediate node", ()) if by_name.get(name, job).get("drv") not in FILTERS
+    ]
+    there = [disk.nodes.index(name) for name in merged if name in disk.nodes]
+    if not there:
+        if any(name not in by_name for name in merged):
+            return None
+        layers = [_layer(by_name[name], list(_carriers(name, files)), (), by_name, folder) for name in merged]
+        disk = replace(disk, layers=(*disk.layers[:at], *layers, *disk.layers[at:]))
+        there, at = [at], at + len(layers)
+    return Stray(disk=disk, top=min(there), base=at, bandwidth=job["speed"])
+
+
+def _carriers(node: str, files: Mapping[str, str]) -> Iterable[str]:
+    while node in files:
+        node = files[node]
+        yield node
 
 
 def _below(at: Reply) -> Iterable[str]:

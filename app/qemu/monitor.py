@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+from app.core.adopt import Stray
 from app.core.chain import Disk
 from app.core.errors import CANCELED, Code, Problem
 from app.core.happenings import Observed
@@ -189,6 +190,20 @@ class QmpMonitor:
                 )
                 for job in jobs
             }
+
+    async def stray(self, job_id: str) -> Stray | None:
+        """What a job works on of which there is no record (`x-debug-query-block-graph`)."""
+        if "x-debug-query-block-graph" not in self._commands:
+            return None
+        disks = await self.disks()
+        with _understood():
+            block_graph = await self._connection.execute("x-debug-query-block-graph")
+            jobs = await self._connection.execute("query-block-jobs")
+            job = next((job for job in jobs if job["device"] == job_id and job["type"] == "commit"), None)
+            if job is None:
+                return None
+            folder = folder_of(self.facts.process)
+            return graph.read_stray(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
 
     async def start(self, job: Job) -> None:
         """Start the job (QAPI `block-commit`)."""

@@ -20,6 +20,7 @@ from app.core.happenings import (
     Pause,
     Pivot,
     Rejected,
+    Resolve,
     Resume,
     SetSpeed,
     Settled,
@@ -36,6 +37,7 @@ from app.core.job import (
     PauseReason,
     Progress,
     Proof,
+    Resolution,
     Result,
     State,
     Verdict,
@@ -45,7 +47,7 @@ from app.core.transitions import IGNORED, TRANSITIONS, start_job, step
 from tests.core.samples import FILES, PROCESS, Story, active_job, intermediate_job, job_for, request
 
 EVENTS: tuple[type[Event], ...] = get_args(Event)
-REQUESTS = (Pivot, Abort, Pause, Resume, SetSpeed)
+REQUESTS = (Pivot, Abort, Pause, Resume, SetSpeed, Resolve)
 NO = Problem(code=Code.QEMU_ERROR, detail="no")
 DONE = Settled(Result(chain=("/images/base.qcow2",)))
 SAMPLES: dict[type[Event], Event] = {
@@ -64,6 +66,7 @@ SAMPLES: dict[type[Event], Event] = {
     Pause: Pause(),
     Resume: Resume(),
     SetSpeed: SetSpeed(5),
+    Resolve: Resolve(State.COMPLETED, "ada"),
 }
 
 
@@ -118,7 +121,13 @@ def test_the_table_names_no_stranger() -> None:
 
 
 ANSWERS: dict[State, dict[str, Code | None]] = {
-    state: dict(zip(("abort", "pivot", "pause", "resume", "speed"), answers, strict=True))
+    state: dict(
+        zip(
+            ("abort", "pivot", "pause", "resume", "speed", "resolve"),
+            (*answers, None if state is State.LOST else Code.JOB_NOT_LOST),
+            strict=True,
+        )
+    )
     for state, answers in {
         State.QUEUED: (None, Code.JOB_NOT_READY, Code.JOB_NOT_PAUSABLE, Code.JOB_NOT_PAUSED, None),
         State.STARTING: (None, Code.JOB_NOT_READY, Code.JOB_NOT_PAUSABLE, Code.JOB_NOT_PAUSED, None),
@@ -140,6 +149,7 @@ ASKED: dict[str, Event] = {
     "pause": Pause(),
     "resume": Resume(),
     "speed": SetSpeed(5),
+    "resolve": Resolve(State.FAILED, "ada"),
 }
 
 
@@ -196,7 +206,7 @@ def test_actions_are_taken(state: State, job: Job) -> None:
     for action in ("pivot", "pause", "resume", "abort"):
         if answer(job, action) is None and step(job, ASKED[action], 200).commands and state is not State.PAUSED:
             assert action in job.actions
-    assert not (ACTIONS.keys() & ENDED)
+    assert ACTIONS.keys() & ENDED == {State.LOST}
 
 
 @pytest.mark.parametrize("state", [State.COMPLETED, State.FAILED, State.CANCELED, State.LOST])
@@ -205,6 +215,30 @@ def test_an_ended_job_never_changes(state: State, event: type[Event]) -> None:
     """Whatever QEMU or the engine says later, an outcome is final."""
     job = at(state)
     assert step(job, SAMPLES[event], 200).job is job
+
+
+@pytest.mark.parametrize(
+    ("outcome", "data_state", "error"),
+    [
+        (State.COMPLETED, DataState.MERGED, None),
+        (State.CANCELED, DataState.BASE_MODIFIED, None),
+        (State.FAILED, DataState.BASE_MODIFIED, Code.OUTCOME_UNKNOWN),
+    ],
+)
+def test_a_verdict_on_a_lost_job(outcome: State, data_state: DataState, error: Code | None) -> None:
+    """What a person has found out becomes the outcome, with their name; the end stays when it was."""
+    story = ready(active_job(on_ready=OnReady.PIVOT))
+    story.on(Gone())
+    story.on(Checked(Proof.UNKNOWN))
+    story.on(DONE)
+    assert (story.job.state, story.job.actions) == (State.LOST, ("resolve",))
+    finished_at = story.job.finished_at
+    assert story.on(Resolve(outcome, "ada")) == ()
+    job = story.job
+    assert (job.state, job.data_state, job.error and job.error.code) == (outcome, data_state, error)
+    assert (job.resolved, job.finished_at) == (Resolution(by="ada", at=story.now), finished_at)
+    assert story.told[-2:] == ["lost", outcome.value]
+    assert answer(job, "resolve") is Code.JOB_NOT_LOST
 
 
 # Stories -------------------------------------------------------------------------------------------------------------

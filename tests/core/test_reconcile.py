@@ -7,7 +7,17 @@ import pytest
 from app.core.chain import Disk
 from app.core.happenings import Absent, Gone, Observed
 from app.core.job import DataState, Intent, Job, OnReady, Process, Progress, Proof, State, Verdict
-from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, same_process, uses_base, valid_layers
+from app.core.reconcile import (
+    how_proven,
+    leftovers,
+    prove,
+    prove_by_header,
+    reconcile,
+    same_process,
+    strays,
+    uses_base,
+    valid_layers,
+)
 from tests.core.samples import FILES, LAYERS, PROCESS, active_job, disk, intermediate_job
 
 RUNNING = Observed("running", Progress(current=1, end=2))
@@ -179,3 +189,27 @@ def test_a_base_is_told_by_its_file() -> None:
     assert uses_base(Disk(name="vda", layers=(top, replace(base, file="/link"))), mine, base)
     assert not uses_base(Disk(name="vda", layers=(top, replace(base, identity=(2, 3)))), mine, base)
     assert FILES[3] == base.file
+
+
+def test_which_jobs_are_strays() -> None:
+    """A job with our prefix and without a record is a stray; others' jobs are theirs."""
+    assert strays({"bj-2", "bj-1", "bj-3", "backup0", "commit-vda"}, {"bj-3"}) == ["bj-1", "bj-2"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state", "words"),
+    [
+        (None, State.FAILED, "it was not in QEMU, and nothing had been merged"),
+        (Verdict.FINE, State.COMPLETED, "concluded it without error; QEMU's block graph showed the merged layers gone"),
+        (Verdict.ERROR, State.FAILED, "concluded it with the error: No medium"),
+        (Verdict.VANISHED, State.FAILED, "did not list it any more; QEMU's block graph showed the chain unchanged"),
+        (Verdict.GONE, State.COMPLETED, "its QEMU had ended; the images' headers showed the merged layers gone"),
+        (Verdict.GONE, State.LOST, "its QEMU had ended; the images' headers and that together prove no outcome"),
+    ],
+)
+def test_how_an_outcome_is_proven(verdict: Verdict | None, state: State, words: str) -> None:
+    """QEMU's last word and where the chain was read, in words."""
+    job = replace(active_job(), state=state, verdict=verdict, verdict_error="No medium")
+    assert words in how_proven(job)
+    kept = replace(active_job(on_ready=OnReady.KEEP), state=State.COMPLETED, verdict=Verdict.FINE, intent=Intent.KEEP)
+    assert "showed the chain unchanged" in how_proven(kept)
