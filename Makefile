@@ -7,6 +7,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTHON ?= python3
 ARGS ?=
+QEMU ?=
+WITH_QEMU := $(if $(QEMU),PATH="$(abspath $(QEMU)):$$PATH")
+# Most of a live test's time is spent waiting for other processes.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -32,8 +36,9 @@ test: $(DEV) ## All checks and tests (QEMU=DIR: with the QEMU in DIR; ARGS: for 
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(if $(QEMU),QEMU_DIR="$(QEMU)") $(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest tests/core $(ARGS)
 	$(BIN)/coverage report --fail-under=100
+	$(WITH_QEMU) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/core $(ARGS)
 
 serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
 	@$(BIN)/blockjobd serve $(ARGS)
