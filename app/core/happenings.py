@@ -56,10 +56,14 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The chain has been read again."""
+    """The chain has been read again.
+
+    `flushed`: QEMU has written to the disk all that it merged into the base, not only to its own cache.
+    """
 
     proof: Proof
     chain: tuple[str, ...] = ()
+    flushed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

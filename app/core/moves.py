@@ -15,11 +15,13 @@ from app.core.job import (
     Intent,
     Job,
     JobType,
+    NotDeleted,
     OnReady,
     PauseReason,
     Proof,
     State,
     Verdict,
+    Work,
 )
 
 PIVOT_ATTEMPTS: Final = 60
@@ -292,8 +294,16 @@ def checked(job: Job, event: Event, _now: int) -> Step:
         return Step(job)
     state, error = _outcome(job, event.proof)
     data = DataState.MERGED if state is State.COMPLETED else job.data_state
-    judged = replace(job, ending=state, error=error, data_state=data)
+    work = job.work if event.flushed else _kept(job.work)
+    judged = replace(job, ending=state, error=error, data_state=data, work=work)
     return save(judged, None, Command.SETTLE)
+
+
+def _kept(work: Work) -> Work:
+    """The work without its deletions: until the base is on the disk, the merged layers hold the only lasting copy."""
+    reason = "QEMU has not confirmed that all of the merged data is in the base on the disk"
+    kept = tuple(NotDeleted(file=file, reason=reason) for file in work.deletes)
+    return replace(work, deletes=(), undeletable=work.undeletable + kept)
 
 
 def _outcome(job: Job, proof: Proof) -> tuple[State, Problem | None]:

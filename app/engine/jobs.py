@@ -23,8 +23,7 @@ from app.core.happenings import (
     Rejected,
     Settled,
 )
-from app.core.job import WITH_QEMU, Command, EventType, Intent, Job, Proof, Result, State, Verdict
-from app.core.moves import Step, Told
+from app.core.job import WITH_QEMU, Command, EventType, Intent, Job, JobType, Proof, Result, State, Verdict
 from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
 from app.core.transitions import start_job, step
@@ -296,15 +295,30 @@ class Jobs:
     async def _set_speed(self, monitor: Monitor, job: Job) -> None:
         await monitor.set_speed(job.id, job.bandwidth)
 
-    async def _check_chain(self, _monitor: Monitor, job: Job) -> Event:
+    async def _check_chain(self, monitor: Monitor, job: Job) -> Event:
         disk = disk_of(job, await self._disks.read())
         if disk is None:
             return Checked(Proof.UNKNOWN)
-        return Checked(prove(job, disk.nodes, nodes=True), disk.files)
+        proof = prove(job, disk.nodes, nodes=True)
+        unsure = proof is Proof.MERGED and job.type is JobType.COMMIT
+        return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))
+
+    async def _flushed(self, monitor: Monitor, job: Job) -> bool:
+        """Have all that is merged on the disk: else, if QEMU were killed, it would be lost with the merged files.
+
+        QEMU sees to that itself before a pivot, and where it makes the base read-only again. It does not where the base
+        was writable before a merge below the active layer, as 7.2 leaves it after an aborted merge into it.
+        """
+        try:
+            await monitor.flush(job.work.nodes[job.work.base])
+        except Declined as declined:
+            log.warning("base not flushed", domain=job.domain, job=job.id, error=str(declined))
+            return False
+        return True
 
     async def _check_images(self, job: Job) -> Event:
         backing = await self._host.images.backing_path(job.overlay) if job.overlay else None
-        return Checked(prove_by_header(job, backing))
+        return Checked(prove_by_header(job, backing), flushed=False)
 
     async def _settle(self, job: Job) -> Event | None:
         work, images = job.work, self._host.images

@@ -133,6 +133,10 @@ class Monitor(Protocol):
         """Change the speed, in bytes/s; 0 is no limit."""
         ...
 
+    async def flush(self, node: str) -> None:
+        """Have QEMU write to the disk what it holds back of the node's data; a read-only node has nothing to write."""
+        ...
+
     async def release(self, nodes: Sequence[str]) -> None:
         """Delete the nodes that are left of merged layers, in this order; those gone already are no error."""
         ...

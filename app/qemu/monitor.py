@@ -248,6 +248,13 @@ class QmpMonitor:
         """Change the speed, in bytes/s; 0 is no limit (QAPI `block-job-set-speed`)."""
         await self._connection.execute("block-job-set-speed", {"device": job_id, "speed": bandwidth})
 
+    async def flush(self, node: str) -> None:
+        """Write to the disk what is held back of a node's data (HMP `qemu-io`, as QAPI has no command for it)."""
+        line = f'qemu-io "{node}" "flush"'
+        said = str(await self._connection.execute("human-monitor-command", {"command-line": line})).strip()
+        if said:
+            raise Declined(Problem(code=Code.QEMU_ERROR, detail=f"{line}: {said}"))
+
     async def release(self, nodes: Sequence[str]) -> None:
         """Delete nodes (QAPI `blockdev-del`). Those that QEMU made itself go with the node above them."""
         for node in nodes:

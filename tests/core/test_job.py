@@ -762,6 +762,20 @@ def test_an_outcome_is_judged_once() -> None:
     assert story.job.ending is State.COMPLETED
 
 
+@pytest.mark.parametrize("flushed", [True, False])
+def test_nothing_is_deleted_before_the_base_is_on_the_disk(*, flushed: bool) -> None:
+    """Where QEMU may hold back merged data, the merged images stay, and the result says why; the job is completed."""
+    job = intermediate_job("delete")
+    story = started(job)
+    story.on(seen("concluded"))
+    assert story.on(Checked(Proof.MERGED, flushed=flushed)) == ("settle",)
+    assert story.job.work.deletes == (job.work.deletes if flushed else ())
+    story.on(Settled(Result(chain=FILES)))
+    assert story.job.state is State.COMPLETED
+    assert story.job.result is not None
+    assert [left.file for left in story.job.result.not_deleted] == ([] if flushed else list(job.work.deletes))
+
+
 def test_images_that_could_not_be_deleted_are_in_the_result() -> None:
     """Those known to stay from the plan and those that failed now are both named; the job is completed."""
     job = replace(intermediate_job("delete"))

@@ -114,7 +114,7 @@ class Service:
         if self._fault("die"):
             raise ServiceDies
         if command is Command.CHECK_IMAGES:
-            return Checked(prove_by_header(self.job, self._overlay_backing()))
+            return Checked(prove_by_header(self.job, self._overlay_backing()), flushed=False)
         if command is Command.SETTLE:
             return self._settle()
         if not self.qemu.up or self._fault("lost"):

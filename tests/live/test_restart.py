@@ -451,9 +451,12 @@ def test_qemu_is_killed(own: Own, chain: Chain, kind: str, *, away: bool) -> Non
 
 
 def test_qemu_is_killed_after_the_merge(own: Own, chain: Chain) -> None:
-    """Where the header above the merged layers proves the merge, the job has completed although QEMU is gone."""
+    """Where the header above the merged layers proves the merge, the job has completed although QEMU is gone.
+
+    The merged images stay: QEMU can't be asked any more whether all of them is in the base on the disk.
+    """
     with machine(own, chain) as qemu:
-        job = crawling(own)
+        job = crawling(own, flags=["bandwidth_bytes", "delete"])
         own.kill()
         qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
         until(lambda: status(qemu, job) == "concluded")
@@ -462,6 +465,26 @@ def test_qemu_is_killed_after_the_merge(own: Own, chain: Chain) -> None:
         done = own.wait_for_job(job["id"])
         assert (done["state"], done["error"]) == ("completed", None)
         assert done["result"]["chain"] == [chain.at(0), chain.at(4)]
+        assert [left["file"] for left in done["result"]["not_deleted"]] == chain.files[1:4]
+        assert all(image.exists() for image in chain.images)
+    assert_same(read_image(chain.active), chain.view)
+
+
+def with_writable_base(chain: Chain) -> list[str]:
+    """As `blockdev`, with the layer 1 left writable, as QEMU 7.2 leaves a base into which a merge was aborted."""
+    return [
+        argument.replace('"read-only": true', '"read-only": false') if '"node-name": "n1"' in argument else argument
+        for argument in blockdev(chain)
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["delete"]], ids=["kept", "deleted"])
+def test_qemu_is_killed_after_a_merge_into_a_writable_base(own: Own, chain: Chain, flags: list[str]) -> None:
+    """What is completed is on the disk, also where QEMU does not flush the base by itself at a job's end."""
+    with machine(own, chain, opened=with_writable_base) as qemu:
+        done = own.wait_for_job(own.started(own.vm, top="vda[1]", base="vda[3]", flags=flags)["id"])
+        qemu.kill()
+        assert (done["state"], len(done["result"]["deleted"])) == ("completed", 2 if flags else 0)
     assert_same(read_image(chain.active), chain.view)
 
 
