@@ -54,7 +54,9 @@ def connect(state_dir: Path) -> sqlite3.Connection:
         with _alone(state_dir):
             return _connect(path)
     except sqlite3.Error as error:
-        raise JournalUnusable(f"{path} can't be opened: {error}") from error
+        no_room = getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+        hint = "; its file system may be full" if no_room else ""
+        raise JournalUnusable(f"{path} can't be opened: {error}{hint}") from error
 
 
 def connect_to_read(state_dir: Path) -> sqlite3.Connection:
