@@ -24,10 +24,8 @@ from tests.support.chains import (
     build_chain,
     copy_chain,
     drive_with_id,
-    fill,
     read_image,
     slow_down,
-    small_file_system,
     write_guest,
 )
 from tests.support.qemu import Qemu
@@ -411,56 +409,6 @@ def test_a_ready_job_takes_no_pause(service: Service, domain: str, qemu: Qemu) -
     abort(service, job)
     service.wait_for_job(job["id"], "canceled")
     assert qemu.qmp("query-jobs") == []
-
-
-# Space ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("on_error", ["stop", "enospc"])
-@pytest.mark.parametrize("active", [True, False])
-def test_a_full_file_system_pauses(
-    service: Service, boot: Boot, domain: str, folder: Path, *, active: bool, on_error: str
-) -> None:
-    """Out of space, a job with `stop` or `enospc` pauses and says so; with space again it is resumed and completes."""
-    with small_file_system(folder, 32 * MIB) as place:
-        chain = build_chain(place, 3, size=8 * MIB, data=96 * CLUSTER)
-        qemu = boot(blockdev(chain))
-        body = SLOW_ACTIVE | {"on_ready": "pivot"} if active else SLOW
-        job = service.started(domain, **body, on_error=on_error)
-        filler = fill(place)
-        set_speed(service, job, 0)
-
-        paused = service.wait_for_job(job["id"], "paused")
-
-        assert paused["pause_reason"] == "no-space"
-        filler.unlink()
-        assert post(service, job, "resume").status_code == 202
-        service.wait_for_job(job["id"], "completed")
-        qemu.quit()
-        assert_same(read_image(chain.images[0] if active else chain.active), chain.view)
-
-
-@pytest.mark.parametrize("active", [True, False])
-def test_a_full_file_system_fails(service: Service, boot: Boot, domain: str, folder: Path, *, active: bool) -> None:
-    """Out of space, a job with `report` fails with QEMU's words; chain and guest stay as they were."""
-    with small_file_system(folder, 32 * MIB) as place:
-        chain = build_chain(place, 3, size=8 * MIB, data=96 * CLUSTER)
-        qemu = boot(blockdev(chain))
-        job = service.started(domain, **(SLOW_ACTIVE if active else SLOW))
-        fill(place)
-        set_speed(service, job, 0)
-        done = service.wait_for_job(job["id"])
-        assert (done["state"], done["data_state"]) == ("failed", "base-modified")
-        assert done["error"]["code"] == "insufficient-storage"
-        assert done["error"]["qmp"] == {"class": "GenericError", "desc": "No space left on device"}
-        assert done["error"]["instance"] == f"/jobs/{job['id']}"
-        assert files(service, domain) == chain.files
-        assert valid(service, domain) == [True, False, True]
-        refused(abort(service, job), 409, "job-finished")
-        assert qemu.qmp("query-jobs") == []
-        qemu.quit()
-        (place / "filler").unlink()
-        assert_same(read_image(chain.active), chain.view)
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.qemu import Qemu, tool
 
 MIB = 1 << 20
@@ -153,10 +155,13 @@ def slow_down(qemu: Qemu, rate: int) -> None:
 
 @contextmanager
 def small_file_system(folder: Path, size: int) -> Generator[Path]:
-    """A file system of `size` bytes; it takes root to mount one."""
+    """A file system of `size` bytes; the test is skipped where none can be mounted, which takes root."""
     place = folder / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "blockjobd-test", str(place)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "blockjobd-test", str(place)]
+    mounted = subprocess.run(mount, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
         yield place
     finally:

@@ -35,15 +35,17 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self.client = self._client("")
 
-    def start(self, build: Sequence[str] = SERVE, environ: Mapping[str, str] | None = None) -> Self:
-        """Start it, and return once it answers; `build` is the module to run, with its arguments."""
+    def start(
+        self, build: Sequence[str] = SERVE, environ: Mapping[str, str] | None = None, *, check: str = "/readyz"
+    ) -> Self:
+        """Start it, and return once it answers that check with 200; `build` is the module to run."""
         self.launch(build, environ)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"the service ended: {self.log()[-2000:]}")
-            if self._listens() and self.client.get("/readyz").status_code == 200:
+            if self._listens() and self.client.get(check).status_code == 200:
                 break
             time.sleep(0.02)
         else:
