@@ -232,7 +232,8 @@ class Job:
 
     `work` and the fields from `intent` on are the service's own and not shown outside. `unconfirmed` are commands that
     nothing in QEMU's status would show to be missing: they are sent again at the next look, in case that the service
-    or the connection ended between the wish and its command. `resolved` is set where a person has judged the outcome.
+    or the connection ended between the wish and its command. `pivot_asked` stays once a pivot was asked for: QEMU may
+    have pivoted since, whatever was wished later. `resolved` is set where a person has judged the outcome.
     """
 
     id: str
@@ -260,6 +261,7 @@ class Job:
     finished_at: int | None = None
     version: int = 1
     intent: Intent = Intent.RUN
+    pivot_asked: bool = False
     pause_wanted: bool = False
     unconfirmed: tuple[Command, ...] = ()
     process: Process | None = None

@@ -129,15 +129,16 @@ def observed(job: Job, event: Event, now: int) -> Step:
 
 
 def _observed_alive(job: Job, event: Observed, now: int, again: tuple[Command, ...]) -> Step:
+    failing = event.status == "standby" and event.io_status != "ok"
     if job.state is State.ABORTING:
         # Sent again as long as it shows no effect: a restart may have come between storing the wish and the command.
         if event.status in ("waiting", "pending", "aborting"):
             return Step(job)
-        hard = job.intent is Intent.FORCE or event.status == "paused"
+        # A copy that can't be made consistent is not waited for.
+        hard = job.intent is Intent.FORCE or event.status == "paused" or failing
         return Step(job, (), (Command.CANCEL_FORCE,) if hard else (*_awake(event), Command.CANCEL))
-    failing = event.status == "standby" and event.io_status != "ok"
-    if event.status == "paused" or (failing and job.intent is Intent.RUN):
-        return _observed_paused(job, event)
+    if event.status == "paused" or failing:
+        return _observed_paused(job, event, again)
     if event.status in ("ready", "standby"):
         return _observed_ready(job, event, now)
     if event.status == "running" and job.state is State.RUNNING and job.pause_wanted:
@@ -156,7 +157,11 @@ def _awake(event: Observed) -> tuple[Command, ...]:
     return (Command.RESUME,) if event.status == "standby" else ()
 
 
-def _observed_paused(job: Job, event: Observed) -> Step:
+def _observed_paused(job: Job, event: Observed, again: tuple[Command, ...]) -> Step:
+    resumed = Command.RESUME in again
+    if job.state is State.PIVOTING and resumed:
+        # Whether the cause has gone shows once the resume has surely arrived.
+        return Step(job)
     reason: PauseReason | None = None
     if event.io_status == "nospace":
         reason = PauseReason.NO_SPACE
@@ -166,14 +171,16 @@ def _observed_paused(job: Job, event: Observed) -> Step:
         return Step(job, (), (Command.RESUME,))
     elif job.pause_wanted or event.paused_for >= FOREIGN_PAUSE:
         reason = PauseReason.USER
-    if reason is None or job.state not in PAUSABLE or reason is job.pause_reason:
+    # A job that falls back so fast that no look saw it run has paused anew all the same.
+    told = reason is job.pause_reason and not resumed
+    if reason is None or job.state not in PAUSABLE or told:
         return Step(job)
     wanted = job.pause_wanted or reason is PauseReason.USER
     return save(replace(job, state=State.PAUSED, pause_reason=reason, pause_wanted=wanted), EventType.PAUSED)
 
 
-PAUSABLE: Final = frozenset({State.RUNNING, State.PAUSED, State.READY})
-"""States in which a pause that QEMU shows, or its reason, is news. A ready job is paused by an I/O error only."""
+PAUSABLE: Final = frozenset({State.RUNNING, State.PAUSED, State.READY, State.PIVOTING})
+"""States in which a pause that QEMU shows, or its reason, is news. From ready on, only an I/O error pauses a job."""
 
 FOREIGN_PAUSE: Final = 2.0
 """Seconds after which a pause that nobody here asked for is not one of QEMU's own short ones any more."""
@@ -186,6 +193,9 @@ def _observed_ready(job: Job, event: Observed, now: int) -> Step:
     if job.state is State.PIVOTING:
         # Declined before, so asked again; taken already, so it is converging under the guest's writes.
         return Step(job, (), (*_awake(event), *(() if job.complete_taken else (Command.COMPLETE,))))
+    if job.intent is Intent.PIVOT:
+        # An I/O error paused it on its way, and another client has resumed it.
+        return begin_pivot(job)
     # A pause that was asked for while it ran has no meaning for a job that has nothing left to copy.
     resume = (Command.RESUME,) if job.pause_wanted else ()
     ready = replace(
@@ -204,9 +214,18 @@ def _observed_ready(job: Job, event: Observed, now: int) -> Step:
     return told
 
 
-def begin_pivot(job: Job) -> Step:
-    pivoting = replace(job, state=State.PIVOTING, intent=Intent.PIVOT, complete_taken=False, complete_attempts=0)
-    return save(pivoting, EventType.PIVOTING, Command.COMPLETE)
+def begin_pivot(job: Job, *first: Command) -> Step:
+    pivoting = replace(
+        job,
+        state=State.PIVOTING,
+        intent=Intent.PIVOT,
+        pivot_asked=True,
+        pause_reason=None,
+        pause_wanted=False,
+        complete_taken=False,
+        complete_attempts=0,
+    )
+    return save(pivoting, EventType.PIVOTING, *first, Command.COMPLETE)
 
 
 def begin_abort(job: Job, *, force: bool) -> Step:

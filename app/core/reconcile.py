@@ -94,11 +94,12 @@ def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
     """What the images say of a job whose QEMU has ended.
 
     `overlay_backing` is the path to which the header of the layer above `top` leads, or None where it can't be read.
-    A pivot writes no header: after one was asked for, the images alone prove nothing. Nor do they where QEMU concluded
-    the job without error and nobody here had asked for an end: another client has pivoted, or canceled gently.
+    A pivot writes no header: after one was asked for, the images alone prove nothing, even if an abort followed. Nor
+    do they where QEMU concluded the job without error and nobody here had asked for an end: another client has pivoted,
+    or canceled gently.
     """
     if job.type is JobType.ACTIVE_COMMIT:
-        asked = job.intent in (Intent.PIVOT, Intent.KEEP)
+        asked = job.pivot_asked or job.intent in (Intent.PIVOT, Intent.KEEP)
         foreign_end = job.intent is Intent.RUN and job.verdict is Verdict.FINE
         return Proof.UNKNOWN if asked or foreign_end else Proof.UNCHANGED
     if overlay_backing is None:

@@ -83,7 +83,9 @@ def not_pausable(job: Job, _event: Event, _now: int) -> Step:
 
 
 def resume(job: Job, _event: Event, _now: int) -> Step:
-    return save(replace(job, pause_wanted=False, unconfirmed=asked(job, Command.RESUME)), None, Command.RESUME)
+    going = replace(job, pause_wanted=False, unconfirmed=asked(job, Command.RESUME))
+    # From here on it may have pivoted at any moment, as before the I/O error that paused it.
+    return begin_pivot(going, Command.RESUME) if job.intent is Intent.PIVOT else save(going, None, Command.RESUME)
 
 
 def resume_running(job: Job, event: Event, now: int) -> Step:

@@ -24,6 +24,7 @@ from app.core.happenings import (
     Settled,
 )
 from app.core.job import WITH_QEMU, Command, EventType, Intent, Job, JobType, Proof, Result, State, Verdict
+from app.core.moves import Step, Told
 from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
 from app.core.transitions import start_job, step

@@ -43,6 +43,7 @@ from app.core.job import (
     Verdict,
 )
 from app.core.moves import FOREIGN_PAUSE, PIVOT_ATTEMPTS
+from app.core.reconcile import prove_by_header
 from app.core.transitions import IGNORED, TRANSITIONS, start_job, step
 from tests.core.samples import FILES, PROCESS, Story, active_job, intermediate_job, job_for, request
 
@@ -505,6 +506,17 @@ def test_an_io_error_pauses_and_is_resumed(io_status: str, reason: PauseReason) 
     assert story.told == ["queued", "started", "paused", "resumed", "paused", "resumed", "ready"]
 
 
+def test_each_fall_back_is_told() -> None:
+    """A resumed job that falls back before anybody has seen it run has paused anew: who resumed it has to know."""
+    story = started(active_job(on_error=OnError.ENOSPC))
+    full = seen("paused", io_status="nospace")
+    story.on(full)
+    story.on(Resume())
+    story.on(full)
+    assert story.on(full) == ()
+    assert story.told == ["queued", "started", "paused", "paused"]
+
+
 def test_a_user_pause_runs_out_of_space() -> None:
     """The reason follows QEMU: a resumed job that runs out of space is not resumed for ever, it says why it stands."""
     story = started(active_job(on_error=OnError.ENOSPC))
@@ -560,7 +572,52 @@ def test_a_ready_job_that_somebody_paused_is_woken_to_end() -> None:
     assert story.on(seen("standby")) == ("resume", "cancel")
     story = ready(active_job(on_ready=OnReady.KEEP))
     assert story.on(seen("standby")) == ("resume", "cancel")
-    assert story.on(seen("standby", io_status="nospace")) == ("resume", "cancel")
+
+
+@pytest.mark.parametrize("on_ready", [OnReady.KEEP, OnReady.PIVOT])
+def test_a_job_on_its_way_out_runs_out_of_space(on_ready: OnReady) -> None:
+    """It says why it stands, each time, and goes on to the end that was asked for once it is resumed."""
+    ending = {OnReady.KEEP: "cancel", OnReady.PIVOT: "complete"}[on_ready]
+    story = ready(active_job(on_ready=on_ready, on_error=OnError.ENOSPC))
+    full = seen("standby", io_status="nospace")
+    story.on(full)
+    assert (story.job.state, story.job.pause_reason) == (State.PAUSED, PauseReason.NO_SPACE)
+    assert story.on(full) == ()
+    assert story.on(Resume())[0] == "resume"
+    # The resume is sent again, as it might not have arrived.
+    assert story.on(full)[0] == "resume"
+    story.on(full)
+    assert (story.job.state, story.job.pause_reason) == (State.PAUSED, PauseReason.NO_SPACE)
+    assert story.on(Resume())[0] == "resume"
+    assert ending in story.on(seen("ready"))
+    again = ["pivoting", "paused"] if on_ready is OnReady.PIVOT else ["paused"]
+    going = ["pivoting"] if on_ready is OnReady.PIVOT else ["ready"]
+    assert story.told[3:] == [*(["pivoting"] if on_ready is OnReady.PIVOT else []), "paused", *again, *going]
+
+
+def test_a_pivot_that_stands_is_resumed_by_another_client() -> None:
+    """The pivot goes on with the job, and an abort comes too late again."""
+    story = ready(active_job(on_ready=OnReady.PIVOT, on_error=OnError.ENOSPC))
+    story.on(seen("standby", io_status="nospace"))
+    assert story.on(seen("ready")) == ("complete",)
+    assert story.told[-2:] == ["paused", "pivoting"]
+    with pytest.raises(Refused):
+        story.on(Abort())
+
+
+def test_a_pivot_that_stands_is_aborted() -> None:
+    """It can be given up; but if QEMU ends before it has said so, nothing proves that it had not pivoted."""
+    story = ready(active_job(on_ready=OnReady.PIVOT, on_error=OnError.ENOSPC))
+    story.on(seen("standby", io_status="nospace"))
+    assert story.on(Abort()) == ("cancel-force",)
+    assert prove_by_header(story.job, None) is Proof.UNKNOWN
+
+
+def test_an_abort_does_not_wait_for_space() -> None:
+    """Where the base takes no more data there is no consistent copy to wait for."""
+    story = ready(active_job(on_error=OnError.ENOSPC))
+    assert story.on(Abort()) == ("cancel",)
+    assert story.on(seen("standby", io_status="nospace")) == ("cancel-force",)
 
 
 def test_a_pivot_that_qemu_declines_is_tried_again_and_given_back_in_the_end() -> None:
