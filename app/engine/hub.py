@@ -93,7 +93,7 @@ class Hub:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def stream(
+    def stream(
         self, wanted: EventFilter, *, after: int | None, whole_job: bool = False
     ) -> AsyncGenerator[StoredEvent | None, None]:
         """The events that are `wanted`, from the one after the id `after` on, or else from now on.
@@ -102,8 +102,14 @@ class Hub:
         `after` outside of what is kept gives an event `stream.reset` first, with the id from which on nothing is
         missing.
         """
+        # "Now" is this call, not when the first event is asked for: that may be after the subscriber has been told
+        # that its stream is open, and has caused events itself.
+        return self._stream(wanted, _Cursor(position=self._next), after, whole_job=whole_job)
+
+    async def _stream(
+        self, wanted: EventFilter, cursor: _Cursor, after: int | None, *, whole_job: bool
+    ) -> AsyncGenerator[StoredEvent | None, None]:
         everything = replace(wanted, types=frozenset())
-        cursor = _Cursor(position=self._next)
         self.subscribers += 1
         try:
             over = whole_job and await self._is_over(wanted.job_id)

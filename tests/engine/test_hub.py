@@ -80,6 +80,18 @@ def test_a_new_subscriber_hears_what_comes_from_now_on(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_now_is_when_the_stream_is_asked_for(tmp_path: Path) -> None:
+    """What happens once a subscriber knows of its stream comes, also if that is before the first event is awaited."""
+
+    async def story(hub: Hub, journal: SqliteJournal) -> None:
+        await tell(journal, 1)
+        async with aclosing(hub.stream(EVERYTHING, after=None)) as stream:
+            await tell(journal, 2)
+            assert await take(stream, 2) == [2, 3]
+
+    run(tmp_path, story)
+
+
 def test_one_who_was_away_gets_exactly_what_it_missed(tmp_path: Path) -> None:
     """With a last id the stream goes on right behind it: first from the journal, then live, without a seam."""
 
