@@ -32,8 +32,8 @@ DAY: Final = 24 * 3600
 class Discovery(Protocol):
     """Finds monitors by themselves."""
 
-    def changes(self) -> AsyncIterator[Mapping[str, str]]:
-        """All sockets that are there (domain id -> path), first at once and then after each change."""
+    def looks(self) -> AsyncIterator[Mapping[str, str]]:
+        """All sockets that are there (domain id -> path), first at once and then at each look."""
         ...
 
     def path_of(self, domain: str) -> str | None:
@@ -176,7 +176,7 @@ class Supervisor:
             log.error("event not stored", domain=actor.id, event_type=event.value, error=str(error))
 
     async def _discover(self) -> None:
-        async for found in self._discovery.changes():
+        async for found in self._discovery.looks():
             self._forgotten &= set(found)
             self._found = found
             for id_, path in found.items():
@@ -184,7 +184,7 @@ class Supervisor:
                     actor = self._launch(Registration(id=id_, address=Address(unix=path), discovered=True), ())
                     await self._tell(DomainEvent.ADDED, actor)
             for actor in list(self.actors.values()):
-                # A job's outcome may still have to be read from the images: the domain stays until then.
+                # A job's outcome may still have to be read from the images: the domain stays until a look after that.
                 if actor.registration.discovered and actor.id not in found and not actor.jobs:
                     await self._remove(actor)
 

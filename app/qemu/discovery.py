@@ -32,14 +32,10 @@ class Discovery:
         """Where the socket of a domain of that id would be."""
         return str(self._folder / (domain + SUFFIX)) if self._folder else None
 
-    async def changes(self) -> AsyncIterator[Mapping[str, str]]:
-        """All sockets that are there (domain id -> path), first at once and then after each change."""
-        known: Mapping[str, str] | None = None
+    async def looks(self) -> AsyncIterator[Mapping[str, str]]:
+        """All sockets that are there (domain id -> path), first at once and then at each look."""
         while self._folder is not None:
-            found = self._scan(self._folder)
-            if found != known:
-                known = found
-                yield found
+            yield self._scan(self._folder)
             await asyncio.sleep(RESCAN)
 
     def _scan(self, folder: Path) -> Mapping[str, str]:

@@ -93,6 +93,24 @@ def test_sockets_come_and_go(host: Service) -> None:
     refused(host.client.get("/domains/found"), 404, "domain-not-found")
 
 
+def test_gone_once_its_job_is_over(host: Service, tmp_path: Path) -> None:
+    """A found domain whose socket goes during a job stays until the job has ended, and not for ever."""
+    with Qemu(host.qmp_dir / "leaving.qmp", blockdev(build_chain(tmp_path, 2))) as qemu:
+        host.wait_for_domain("leaving")
+        job = host.started("leaving", flags=["active"])
+        host.wait_for_job(job["id"], "ready")
+        qemu.monitor.unlink()
+        (host.qmp_dir / "later.qmp").symlink_to(host.socket)
+        # Once it has seen the newer one, it has seen that the other is gone.
+        until(lambda: "later" in known(host))
+        assert "leaving" in known(host)
+        qemu.kill()
+        until(lambda: "leaving" not in known(host))
+    assert host.job(job["id"])["state"] == "failed"
+    (host.qmp_dir / "later.qmp").unlink()
+    until(lambda: "later" not in known(host))
+
+
 def test_what_is_no_domain(host: Service) -> None:
     """Other names, names that are no ids, and what is no socket are left alone; a broken one hides no good one."""
     odd = [
