@@ -22,8 +22,11 @@ from app.core.errors import invalid
 from app.engine.hub import Hub
 from app.settings import Listen
 
-GRACE: Final = 3
-"""Seconds that requests under way have to end at shutdown; the whole service has 5."""
+GRACE: Final = 2
+"""Seconds that requests under way have to end at shutdown.
+
+Who does not read takes all of them; the actors have 2 more, and the whole service has 5.
+"""
 
 BACKLOG: Final = 2048
 """Connections that may wait to be taken."""
