@@ -40,16 +40,13 @@ class Service:
     ) -> Self:
         """Start it, and return once it answers that check with 200; `build` is the module to run."""
         self.launch(build, environ)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            assert self.process is not None
-            if self.process.poll() is not None:
-                raise AssertionError(f"the service ended: {self.log()[-2000:]}")
-            if self._listens() and self.client.get(check).status_code == 200:
-                break
+        assert self.process is not None
+        deadline = time.monotonic() + 60
+        while not (self._listens() and self.client.get(check).status_code == 200):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"the service does not answer: {self.log()[-2000:]}")
             time.sleep(0.02)
-        else:
-            raise AssertionError(f"the service does not answer: {self.log()[-2000:]}")
         self.client.close()
         self.client = self._client((self.state_dir / "token").read_text().strip())
         return self
