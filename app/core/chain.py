@@ -130,7 +130,5 @@ def relative_name(target: Layer, *, seen_from: Layer) -> str:
 
 
 def matching_disks(disks: Iterable[Disk], name: str, identity: Identity | None) -> Sequence[Disk]:
-    """The disks that answer to `name`; a target name wins over the other kinds of names."""
-    candidates = list(disks)
-    by_name = [disk for disk in candidates if disk.name == name]
-    return by_name or [disk for disk in candidates if disk.answers_to(name, identity)]
+    """The disks that answer to `name`; no kind of name wins over another, as nobody can tell which one was meant."""
+    return [disk for disk in disks if disk.answers_to(name, identity)]

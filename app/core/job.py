@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from app.core.chain import Identity
 from app.core.errors import Problem
 from app.core.flags import CommitFlag
 
@@ -167,7 +168,8 @@ class Work:
     `chain` and `nodes` are the files and format nodes of the whole chain before the job, active layer first; `top`
     and `base` are positions in it. `release` are the nodes to delete after a merge, in that order. `backing_file` is
     the string for the header of the layer above `top`. `deletes` are the files to unlink once the merge is proven,
-    `undeletable` those that are worthless then and stay, each with the reason.
+    `undeletable` those that are worthless then and stay, each with the reason. `identities` are those of the files in
+    `chain`, None where the service did not see that QEMU has that file open.
     """
 
     disk_node: str
@@ -183,6 +185,11 @@ class Work:
     invalidates: tuple[str, ...]
     deletes: tuple[str, ...]
     undeletable: tuple[NotDeleted, ...] = ()
+    identities: tuple[Identity | None, ...] = ()
+
+    def identity(self, file: str) -> Identity | None:
+        """Which file it was that the chain had under this name."""
+        return dict(zip(self.chain, self.identities, strict=False)).get(file)
 
     @property
     def merged_nodes(self) -> tuple[str, ...]:
@@ -233,7 +240,9 @@ class Job:
     `work` and the fields from `intent` on are the service's own and not shown outside. `unconfirmed` are commands that
     nothing in QEMU's status would show to be missing: they are sent again at the next look, in case that the service
     or the connection ended between the wish and its command. `pivot_asked` stays once a pivot was asked for: QEMU may
-    have pivoted since, whatever was wished later. `resolved` is set where a person has judged the outcome.
+    have pivoted since, whatever was wished later. `start_again` says that an earlier command to start it may have got
+    through, `rejection` is what QEMU answered to a later one then. `resolved` is set where a person has judged the
+    outcome.
     """
 
     id: str
@@ -264,6 +273,8 @@ class Job:
     pivot_asked: bool = False
     pause_wanted: bool = False
     unconfirmed: tuple[Command, ...] = ()
+    start_again: bool = False
+    rejection: Problem | None = None
     process: Process | None = None
     complete_taken: bool = False
     complete_attempts: int = 0

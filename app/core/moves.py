@@ -77,6 +77,7 @@ def accepted(job: Job, event: Event, now: int) -> Step:
         state=State.RUNNING,
         started_at=now,
         process=told or job.process,
+        rejection=None,
         # From here on QEMU may write into the base at any moment, whatever its counters say.
         data_state=DataState.BASE_MODIFIED,
     )
@@ -88,9 +89,10 @@ def accepted(job: Job, event: Event, now: int) -> Step:
 
 def rejected_starting(job: Job, event: Event, now: int) -> Step:
     assert isinstance(event, Rejected)
-    if f"Job ID '{job.id}' already in use" in event.problem.detail:
-        # The first attempt, whose reply was lost, got through after all. The next look finds the job.
-        return Step(job)
+    if job.start_again:
+        # An earlier attempt, whose reply was lost, may have got through after all, and be what is in the way: QEMU says
+        # `Need a root block node` then, or `Job ID already in use`. The next look tells.
+        return Step(replace(job, rejection=event.problem))
     return rejected(job, event, now)
 
 
@@ -260,7 +262,9 @@ def checked_starting(job: Job, event: Event, now: int) -> Step:
     if event.proof is Proof.UNCHANGED:
         if job.intent in (Intent.ABORT, Intent.FORCE):
             return end(job, State.CANCELED, now)
-        return Step(job, (), (Command.START,))
+        if job.rejection is not None:
+            return rejected(job, Rejected(job.rejection), now)
+        return Step(replace(job, start_again=True), (), (Command.START,))
     if event.proof is Proof.MERGED:
         started = accepted(job, event, now)
         done = replace(started.job, state=State.CONCLUDING, verdict=Verdict.VANISHED)

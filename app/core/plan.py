@@ -281,6 +281,7 @@ class Plan:
                 invalidates=self.invalidates,
                 deletes=self.deletes,
                 undeletable=self.undeletable,
+                identities=tuple(layer.identity for layer in disk.layers),
             ),
         )
 

@@ -9,7 +9,7 @@ import os.path
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from app.core.chain import Disk, Layer
+from app.core.chain import Disk, Identity, Layer
 from app.core.happenings import Absent, Event, Gone, Observed
 from app.core.job import DataState, Intent, Job, JobType, Process, Proof, State, Verdict
 
@@ -90,10 +90,11 @@ def prove(job: Job, chain: tuple[str, ...], *, nodes: bool) -> Proof:
     return Proof.UNCHANGED if unchanged else Proof.UNKNOWN
 
 
-def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
+def prove_by_header(job: Job, below: str | None, identity: Identity | None = None) -> Proof:
     """What the images say of a job whose QEMU has ended.
 
-    `overlay_backing` is the path to which the header of the layer above `top` leads, or None where it can't be read.
+    `below` is the path to which the header of the layer above `top` leads, or None where it can't be read, `identity`
+    the file that is there. A header may name a file in other ways than QEMU does (links, `..`).
     A pivot writes no header: after one was asked for, the images alone prove nothing, even if an abort followed. Nor
     do they where QEMU concluded the job without error and nobody here had asked for an end: another client has pivoted,
     or canceled gently.
@@ -102,12 +103,16 @@ def prove_by_header(job: Job, overlay_backing: str | None) -> Proof:
         asked = job.pivot_asked or job.intent in (Intent.PIVOT, Intent.KEEP)
         foreign_end = job.intent is Intent.RUN and job.verdict is Verdict.FINE
         return Proof.UNKNOWN if asked or foreign_end else Proof.UNCHANGED
-    if overlay_backing is None:
+    if below is None:
         return Proof.UNKNOWN
-    below = os.path.normpath(overlay_backing)
-    if below == os.path.normpath(job.base):
+
+    def leads_to(file: str) -> bool:
+        same = identity is not None and identity == job.work.identity(file)
+        return same or os.path.normpath(below) == os.path.normpath(file)
+
+    if leads_to(job.base):
         return Proof.MERGED
-    return Proof.UNCHANGED if below == os.path.normpath(job.top) else Proof.UNKNOWN
+    return Proof.UNCHANGED if leads_to(job.top) else Proof.UNKNOWN
 
 
 def valid_layers(disk: Disk, jobs: Iterable[Job]) -> tuple[bool, ...]:

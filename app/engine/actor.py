@@ -260,7 +260,9 @@ class Actor:
             locked=await images.locked(base.file, process),
             free=await images.free_bytes(base.file, process),
             base_is_device=await images.is_device(base.file, process),
-            undeletable=await images.undeletable(disk.files[chosen.top : chosen.base], process) if delete else {},
+            undeletable=await images.undeletable(
+                {layer.file: layer.identity for layer in chosen.merged if delete}, process
+            ),
         )
         plan = plan_commit(chosen, facts)
         doubtful = isinstance(plan, Problem) and plan.code is Code.INSUFFICIENT_STORAGE
@@ -327,6 +329,14 @@ class Actor:
         step(job, event, 0)
         if job.state is not State.QUEUED and not job.ended:
             self.link.require()
+            if not self.link.is_with(job.process):
+                raise Refused(
+                    Problem(
+                        code=Code.MONITOR_UNREACHABLE,
+                        detail=f"another QEMU answers as {self.id} by now, and the one with the job {job.id} can't be "
+                        "reached; the outcome is read from the images once it has ended",
+                    )
+                )
         after = await self._jobs.advance(job, event)
         return after, after.version != job.version
 

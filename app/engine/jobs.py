@@ -23,7 +23,19 @@ from app.core.happenings import (
     Rejected,
     Settled,
 )
-from app.core.job import WITH_QEMU, Command, EventType, Intent, Job, JobType, Proof, Result, State, Verdict
+from app.core.job import (
+    WITH_QEMU,
+    Command,
+    EventType,
+    Intent,
+    Job,
+    JobType,
+    NotDeleted,
+    Proof,
+    Result,
+    State,
+    Verdict,
+)
 from app.core.moves import Step, Told
 from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
@@ -162,6 +174,7 @@ class Jobs:
         if monitor is None:
             await self.find_gone()
             return
+        await self.find_gone()
         if self._strays:
             await self._adopt(monitor)
         if any(job.state is not State.QUEUED for job in self.all()):
@@ -171,15 +184,20 @@ class Jobs:
                 await self.advance(job, Launch(self._link.process))
 
     async def find_gone(self) -> None:
-        """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work."""
+        """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work.
+
+        Another QEMU that answers in its place says nothing of them.
+        """
         for job in self.all():
-            if self._link.monitor is not None or not self._link.is_gone(job.process):
-                continue
-            said = self._link.last_words.get(job.id)
-            if said is not None and job.state in WITH_QEMU:
-                # QEMU told of the job's end before its own; nobody could ask it about that any more.
-                await self.advance(job, said)
-            await self.advance(job, Gone())
+            if not self._link.is_with(job.process) and self._link.is_gone(job.process):
+                await self._end_with_qemu(job)
+
+    async def _end_with_qemu(self, job: Job) -> Job:
+        said = self._link.last_words.get(job.id)
+        if said is not None and job.state in WITH_QEMU:
+            # QEMU told of the job's end before its own; nobody could ask it about that any more.
+            await self.advance(job, said)
+        return await self.advance(job, Gone())
 
     async def take_stock(self) -> None:
         """Of a QEMU that has just been connected to: which of its jobs are ours.
@@ -216,8 +234,10 @@ class Jobs:
     async def _observe(self, monitor: Monitor) -> None:
         now = self._host.clock.monotonic()
         seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
-        for job, event in reconcile(self.all(), seen, self._link.process):
-            after = await self.advance(job, event)
+        # A QEMU that lives on without its monitor goes on with its jobs.
+        asked = [job for job in self.all() if self._link.is_with(job.process) or not self._link.is_alive(job.process)]
+        for job, event in reconcile(asked, seen, self._link.process):
+            after = await (self._end_with_qemu(job) if isinstance(event, Gone) else self.advance(job, event))
             moved = after.version == job.version and after.progress != job.progress
             # Hints and requests make looks more frequent than what is promised to subscribers.
             if moved and after.state in WITH_QEMU and now >= self._progress_due.get(job.id, 0.0):
@@ -318,17 +338,29 @@ class Jobs:
         return True
 
     async def _check_images(self, job: Job) -> Event:
-        backing = await self._host.images.backing_path(job.overlay) if job.overlay else None
-        return Checked(prove_by_header(job, backing), flushed=False)
+        below = None
+        if job.overlay is not None:
+            below = await self._host.images.backing_of(job.overlay, job.work.identity(job.overlay))
+        proof = prove_by_header(job, *below) if below else prove_by_header(job, None)
+        return Checked(proof, flushed=False)
+
+    async def _sees_as_qemu_did(self, job: Job) -> bool:
+        """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
+
+        Without that a file that can't be found is not known to be gone.
+        """
+        seen = await self._host.images.identities([job.base], None)
+        return job.base in seen and seen[job.base] == job.work.identity(job.base)
 
     async def _settle(self, job: Job) -> Event | None:
         work, images = job.work, self._host.images
         merged = job.ending is State.COMPLETED
         kept = job.intent is Intent.KEEP
         monitor = self._link.usable
-        if self._link.monitor is None and (job.verdict is Verdict.GONE or self._link.is_gone(job.process)):
+        ended = job.verdict is Verdict.GONE or self._link.is_gone(job.process)
+        if ended:
             chain = work.chain[: work.top] + work.chain[work.base :] if merged and not kept else work.chain
-            if merged:
+            if merged and self._link.monitor is None:
                 self._disks.forget(job.disk)
         elif monitor is None or self.trouble is not None:
             return None
@@ -342,6 +374,11 @@ class Jobs:
             chain = disk.files if disk else work.chain
         if merged and work.deletes:
             await self._host.read_off()
-        deleted, not_deleted = await images.unlink(work.deletes if merged else (), job.process, self._host.image_user)
+        doomed = {file: work.identity(file) for file in work.deletes if merged}
+        if ended and doomed and not await self._sees_as_qemu_did(job):
+            why = "QEMU saw other files under these names than the service does, and has ended"
+            deleted, not_deleted = (), tuple(NotDeleted(file=file, reason=why) for file in doomed)
+        else:
+            deleted, not_deleted = await images.unlink(doomed, job.process, self._host.image_user)
         invalidated = work.invalidates if merged else ()
         return Settled(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))

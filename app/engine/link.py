@@ -14,6 +14,7 @@ from typing import Final
 from app.core.errors import Code, Problem, Refused
 from app.core.happenings import Observed
 from app.core.job import Process
+from app.core.reconcile import same_process
 from app.engine.ports import (
     Busy,
     Clock,
@@ -101,14 +102,19 @@ class Link:
         """All that a domain shows has been read over the new connection; from now on it shows."""
         self._welcomed, self._guest_running, self.error = True, guest_running, None
 
-    def is_alive(self) -> bool:
-        """Whether the QEMU that was seen last is known to run still."""
-        return self.process is not None and self._connector.alive(self.process) is True
+    def is_alive(self, process: Process | None = None) -> bool:
+        """Whether that process (if None: the QEMU that was seen last) is known to run still."""
+        which = process or self.process
+        return which is not None and self._connector.alive(which) is True
 
     def is_gone(self, process: Process | None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to have ended."""
         which = process or self.process
         return which is not None and self._connector.alive(which) is False
+
+    def is_with(self, process: Process | None) -> bool:
+        """Whether it is that process that answers, as far as can be told."""
+        return self.monitor is not None and same_process(process, self.process)
 
     def require(self) -> Monitor:
         """The monitor; raises `Refused` where QEMU can't be asked."""

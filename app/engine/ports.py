@@ -200,21 +200,28 @@ class Images(Protocol):
         """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
         ...
 
-    async def undeletable(self, paths: Iterable[str], process: Process | None) -> Mapping[str, str]:
-        """Those of the `paths` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
+    async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
+        """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
         ...
 
     async def unlink(
-        self, paths: Sequence[str], process: Process | None, in_use: Callable[[str, Identity | None], str | None]
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """Unlink files: (deleted, not deleted). One that is gone already counts as deleted.
 
-        `in_use` names who still uses a file, or returns None; it is asked right before each unlink.
+        A file whose identity is another than the one given, or not known, is left. `in_use` names who still uses a
+        file, or returns None; it is asked right before each unlink.
         """
         ...
 
-    async def backing_path(self, overlay: str) -> str | None:
-        """The path to which the header of the image `overlay` leads; None where it can't be read or has none."""
+    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
+        """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
+
+        Nor is it read where another file than that of `identity` is called `overlay` by now.
+        """
         ...
 
     async def offline_disk(self, name: str, image: str) -> Disk:

@@ -23,7 +23,7 @@ from app.core.job import NotDeleted, Process
 from app.core.plan import Selection
 from app.engine.ports import Measure
 from app.qemu import qcow2
-from app.qemu.process import as_seen_by, open_folder, place_of
+from app.qemu.process import alive, as_seen_by, open_files, open_folder, place_of
 
 HEADER: Final = 65536
 """Bytes that hold all of a header."""
@@ -44,17 +44,40 @@ TEMPORARY: Final = "vl."
 
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:
     """The disks, their layers with what the file system says of them. May block."""
+    held = _held(process)
     return tuple(
         replace(
             disk,
-            layers=tuple(_with_file(layer, process) for layer in disk.layers),
+            layers=tuple(_with_file(layer, process, held) for layer in disk.layers),
             temporary=bool(disk.layers) and _is_temporary(disk.layers[0].file, process),
         )
         for disk in disks
     )
 
 
-def _with_file(layer: Layer, process: Process | None) -> Layer:
+def _held(process: Process | None) -> frozenset[Identity] | None:
+    """The files that the process may have open; None where nothing is known of that.
+
+    A path tells little: since QEMU opened it, it may have become another file's, or QEMU runs on another host. Where
+    the process can't be seen, the files are taken that any QEMU has locked.
+    """
+    if process is None:
+        return None
+    held = open_files(process) if process.pid is not None else None
+    if held is not None:
+        return held
+    with suppress(OSError):
+        fields = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return frozenset(_lock_identity(line[-3]) for line in fields if "OFDLCK" in line)
+    return None
+
+
+def _lock_identity(text: str) -> Identity:
+    major, minor, inode = text.split(":")
+    return (os.makedev(int(major, 16), int(minor, 16)), int(inode))
+
+
+def _with_file(layer: Layer, process: Process | None, held: frozenset[Identity] | None) -> Layer:
     if not layer.file.startswith("/"):
         return layer
     folder = os.path.realpath(as_seen_by(posixpath.dirname(layer.file), process))
@@ -62,7 +85,8 @@ def _with_file(layer: Layer, process: Process | None) -> Layer:
     # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
     plain = posixpath.normpath(layer.file)
     same = identity is not None and identity == _identity(as_seen_by(plain, process))
-    return replace(layer, file=plain if same else layer.file, identity=identity, folder=folder)
+    known = identity if held is None or identity in held else None
+    return replace(layer, file=plain if same else layer.file, identity=known, folder=folder)
 
 
 def _is_temporary(file: str, process: Process | None) -> bool:
@@ -152,10 +176,7 @@ class LocalImages:
                 # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
                 return False
             with suppress(OSError):
-                found = os.stat(as_seen_by(path, process))
-                inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-                ours = _locks_of(process, inode) if process is not None else 0
-                return _count(Path("/proc/locks").read_text(), inode) > ours
+                return _is_locked(os.stat(as_seen_by(path, process)), process)
             return False
 
         return await asyncio.to_thread(look) if path.startswith("/") else False
@@ -209,17 +230,16 @@ class LocalImages:
                 process.kill()
                 await process.wait()
 
-    async def undeletable(self, paths: Iterable[str], process: Process | None) -> Mapping[str, str]:
-        """Those of the `paths` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
-        todo = list(paths)
+    async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
+        """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
 
         def look() -> dict[str, str]:
-            found = ((path, self._why_not(path, process)) for path in todo)
+            found = ((path, self._why_not(path, identity, process)) for path, identity in files.items())
             return {path: reason for path, reason in found if reason is not None}
 
         return await asyncio.to_thread(look)
 
-    def _why_not(self, path: str, process: Process | None) -> str | None:
+    def _why_not(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
         if not path.startswith("/"):
             return "not a file"
         try:
@@ -227,38 +247,42 @@ class LocalImages:
         except OSError as error:
             return f"can't be seen by the service: {error.strerror}"
         try:
-            return self._why_not_in(folder, posixpath.basename(path))
+            return self._why_not_in(folder, posixpath.basename(path), identity)
         finally:
             os.close(folder)
 
-    def _why_not_in(self, folder: int, name: str) -> str | None:
+    def _why_not_in(self, folder: int, name: str, identity: Identity | None) -> str | None:
         try:
-            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             return f"can't be seen by the service: {error.strerror}"
-        if stat.S_ISLNK(mode):
+        if stat.S_ISLNK(found.st_mode):
             return "a symbolic link; the image behind it may have other names"
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(found.st_mode):
             return "not a regular file"
-        return None if self._holds(folder) else "outside image_roots"
+        if not self._holds(folder):
+            return "outside image_roots"
+        return None if (found.st_dev, found.st_ino) == identity else "not the file that QEMU has opened under this name"
 
     async def unlink(
-        self, paths: Sequence[str], process: Process | None, in_use: Callable[[str, Identity | None], str | None]
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """Unlink files: (deleted, not deleted). One that is gone already counts as deleted."""
         deleted: list[str] = []
         kept: list[NotDeleted] = []
-        for path in paths:
-            seen = as_seen_by(path, process)
-            user = in_use(path, await asyncio.to_thread(_identity, seen))
-            reason = f"in use by {user}" if user else await asyncio.to_thread(self._unlink, path, process)
+        for path, identity in files.items():
+            user = in_use(path, identity)
+            reason = f"in use by {user}" if user else await asyncio.to_thread(self._unlink, path, identity, process)
             if reason is None:
                 deleted.append(path)
             else:
                 kept.append(NotDeleted(file=path, reason=reason))
         return tuple(deleted), tuple(kept)
 
-    def _unlink(self, path: str, process: Process | None) -> str | None:
+    def _unlink(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
         """Unlink one file for good; None, or why it was left."""
         name = posixpath.basename(path)
         try:
@@ -269,8 +293,10 @@ class LocalImages:
             if name not in os.listdir(folder):
                 return None
             # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
-            if (reason := self._why_not_in(folder, name)) is not None:
+            if (reason := self._why_not_in(folder, name, identity)) is not None:
                 return reason
+            if _is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
+                return "another process has it open"
             os.unlink(name, dir_fd=folder)
             os.fsync(folder)
         except OSError as error:
@@ -279,25 +305,32 @@ class LocalImages:
             os.close(folder)
         return None
 
-    async def backing_path(self, overlay: str) -> str | None:
-        """The path to which the header of the image `overlay` leads; None where it can't be read or has none."""
+    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
+        """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
 
-        def look() -> str | None:
+        Nor is it read where another file than that of `identity` is called `overlay` by now.
+        """
+
+        def look() -> tuple[str, Identity | None] | None:
             try:
-                header = self._header(overlay)
+                header = self._header(overlay, identity)
             except (OSError, qcow2.NotQcow2):
                 return None
-            return _resolved(header.backing, overlay) if header.backing else None
+            below = _resolved(header.backing, overlay) if header.backing else None
+            return None if below is None else (below, _identity(below))
 
-        return await asyncio.to_thread(look)
+        return await asyncio.to_thread(look) if identity is not None else None
 
-    def _header(self, path: str) -> qcow2.Header:
+    def _header(self, path: str, identity: Identity | None = None) -> qcow2.Header:
         # A header may name anything; opening a pipe that nobody writes to would wait for ever.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            mode = os.fstat(file).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISBLK(found.st_mode):
                 raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+            # The device's number is left out: a file system may have another one after the host has been restarted.
+            if identity is not None and found.st_ino != identity[1]:
+                raise OSError(errno.ESTALE, "another file of that name", path)
             if not self._holds(file):
                 raise PermissionError(errno.EPERM, "outside image_roots", path)
             return qcow2.parse(os.pread(file, HEADER, 0))
@@ -417,6 +450,16 @@ def _count(locks: str, inode: str) -> int:
         end = 1 << 63 if last == "EOF" else int(last)
         count += sum(int(first) <= byte <= end for byte in (WRITE, UNSHARED_WRITE))
     return count
+
+
+def _is_locked(file: os.stat_result, process: Process | None) -> bool:
+    """Whether another process than `process` holds an image lock on the file; raises OSError."""
+    inode = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    locks = Path("/proc/locks")
+    if _count(locks.read_text(), inode) == 0:
+        return False
+    ours = _locks_of(process, inode) if process is not None and alive(process) else 0
+    return _count(locks.read_text(), inode) > ours
 
 
 def _locks_of(process: Process, inode: str) -> int:

@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from app.core.chain import Identity
 from app.core.job import Process
 
 
@@ -40,16 +41,41 @@ def _stat(pid: int) -> list[str] | None:
 def as_seen_by(path: str, process: Process | None) -> str:
     """The path under which this service finds the file that the process calls `path`.
 
-    A process in a container has another root; its files are found below /proc/PID/root (proc(5)).
+    A process in a container has another root, or other mounts below the same one; its files are found below
+    /proc/PID/root (proc(5)). Once it has ended nothing leads there any more, and its pid may be another's: the path is
+    the service's own then, and may be another file's. Who relies on a file compares its identity.
     """
-    if process is None or process.pid is None or not path.startswith("/"):
-        return path
-    root = f"/proc/{process.pid}/root"
+    root = _other_root(process) if path.startswith("/") else None
+    return path if root is None else root + path
+
+
+def _other_root(process: Process | None) -> str | None:
+    """Where the process's root is, if its paths lead elsewhere than the service's own."""
+    if process is None or process.pid is None:
+        return None
+    there = f"/proc/{process.pid}"
     with suppress(OSError):
-        if os.path.samestat(os.stat(root), os.stat("/")):
-            return path
-        return root + path
-    return path
+        same_root = os.path.samestat(os.stat(f"{there}/root"), os.stat("/"))
+        same_mounts = os.readlink(f"{there}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+        # Asked last: what was read before is that very process's only if it has not ended since.
+        if not (same_root and same_mounts) and alive(process) is not False:
+            return f"{there}/root"
+    return None
+
+
+def open_files(process: Process) -> frozenset[Identity] | None:
+    """The identities of the files that the process has open, none if it has ended; None where that can't be seen."""
+    found: set[Identity] | None = None
+    with suppress(OSError):
+        files = list(Path(f"/proc/{process.pid}/fd").iterdir())
+        found = set()
+        for file in files:
+            with suppress(OSError):
+                seen = file.stat()
+                found.add((seen.st_dev, seen.st_ino))
+    if not alive(process):
+        return frozenset()
+    return None if found is None else frozenset(found)
 
 
 def open_folder(path: str, process: Process | None) -> int:
@@ -58,9 +84,10 @@ def open_folder(path: str, process: Process | None) -> int:
     Below another root no links are followed: the kernel resolves an absolute one, and `..`, from the service's own
     root (path_resolution(7)), so that the process could lead the service anywhere.
     """
-    if as_seen_by(path, process) == path or process is None:
+    root = _other_root(process)
+    if root is None:
         return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    folder = os.open(f"/proc/{process.pid}/root", os.O_RDONLY | os.O_DIRECTORY)
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     for name in filter(None, os.path.dirname(path).split("/")):
         above = folder
         try:

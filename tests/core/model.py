@@ -96,10 +96,11 @@ class Qemu:
 
     def start(self, id_: str, *, active: bool, top: int, base: int, on_error: OnError) -> None:
         """As `block-commit` with `auto-dismiss: false`."""
-        if id_ in self.jobs:
-            raise QemuRefuses(f"Job ID '{id_}' already in use")
+        # A disk that was opened with -blockdev: its root is looked for before the job's id is.
         if any(job.status != "concluded" for job in self.jobs.values()):
             raise QemuRefuses("Need a root block node")
+        if id_ in self.jobs:
+            raise QemuRefuses(f"Job ID '{id_}' already in use")
         self.jobs[id_] = QemuJob(active=active, top=top, base=base, on_error=on_error)
 
     def _job(self, id_: str) -> QemuJob:

@@ -154,9 +154,9 @@ def test_disks_answer_to_their_names() -> None:
     assert list(matching_disks(disks, "n3", None)) == []
 
 
-def test_a_name_of_two_disks_is_ambiguous_unless_it_is_a_target() -> None:
-    """A shared image names both disks; a target name wins over another disk's alias."""
+def test_a_name_of_two_disks_is_ambiguous() -> None:
+    """A shared image names both disks, and so does a target name that is another disk's alias."""
     other = Disk(name="vdb", aliases=("vda",), layers=(LAYERS[3],))
     disks = (disk(), other)
     assert list(matching_disks(disks, "/images/base.qcow2", None)) == [disk(), other]
-    assert list(matching_disks(disks, "vda", None)) == [disk()]
+    assert list(matching_disks(disks, "vda", None)) == [disk(), other]

@@ -651,19 +651,25 @@ def test_qemu_refuses_the_start() -> None:
     assert (story.told, job.started_at, job.finished_at) == (["queued", "failed"], None, 102)
 
 
-def test_a_second_start_is_refused_because_the_first_one_got_through() -> None:
-    """QEMU's word that the id is taken means that the job is there: it is looked for, not failed."""
-    story = Story(
-        active_job(),
-    )
+@pytest.mark.parametrize("desc", ["Job ID 'bj-1' already in use", "Need a root block node"])
+@pytest.mark.parametrize("got_through", [True, False])
+def test_a_second_start_is_refused(desc: str, *, got_through: bool) -> None:
+    """After a start whose reply was lost, a refused one is believed only once QEMU does not list the job."""
+    story = Story(active_job())
     story.on(Launch(PROCESS))
-    taken = qemu_problem("GenericError", "Job ID 'bj-1' already in use", doing="block-commit")
-    assert story.on(Rejected(taken)) == ()
-    assert story.job.state is State.STARTING
-    story.on(seen("running"))
-    assert story.job.state is State.RUNNING
-    other = qemu_problem("GenericError", "Job ID 'bj-2' already in use", doing="block-commit")
-    assert step(at(State.STARTING), Rejected(other), 1).job.state is State.FAILED
+    story.on(Absent())
+    assert story.on(Checked(Proof.UNCHANGED)) == ("start",)
+    refusal = qemu_problem("GenericError", desc, doing="block-commit")
+    assert story.on(Rejected(refusal)) == ()
+    assert (story.job.state, story.job.error) == (State.STARTING, None)
+    if got_through:
+        story.on(seen("running"))
+        assert (story.job.state, story.job.error) == (State.RUNNING, None)
+    else:
+        assert story.on(Absent()) == ("check-chain",)
+        assert story.on(Checked(Proof.UNCHANGED)) == ()
+        assert (story.job.state, story.job.error) == (State.FAILED, refusal)
+        assert story.told == ["queued", "failed"]
 
 
 def test_a_queued_job_that_can_not_be_started() -> None:

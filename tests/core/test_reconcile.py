@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.core.chain import Disk
+from app.core.chain import Disk, Identity
 from app.core.happenings import Absent, Gone, Observed
 from app.core.job import DataState, Intent, Job, OnReady, Process, Progress, Proof, State, Verdict
 from app.core.reconcile import (
@@ -119,6 +119,17 @@ def test_what_the_chain_proves(job: Job, chain: tuple[str, ...], proof: Proof) -
 def test_what_the_overlays_header_proves(backing: str | None, proof: Proof) -> None:
     """QEMU writes the overlay's header at the end of an inner merge, so the header tells on which side it died."""
     assert prove_by_header(intermediate_job(), backing) is proof
+
+
+@pytest.mark.parametrize(
+    ("identity", "proof"),
+    [((1, 0), Proof.MERGED), ((1, 2), Proof.UNCHANGED), ((1, 1), Proof.UNKNOWN), (None, Proof.UNKNOWN)],
+)
+def test_the_header_leads_to_a_file_whatever_it_calls_it(identity: Identity | None, proof: Proof) -> None:
+    """A link or `..` in the header leads to the base, or to the top, all the same."""
+    job = intermediate_job()
+    job = replace(job, work=replace(job.work, identities=((1, 3), (1, 2), (1, 1), (1, 0))))
+    assert prove_by_header(job, "/links/image.qcow2", identity) is proof
 
 
 @pytest.mark.parametrize(

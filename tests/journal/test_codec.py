@@ -23,10 +23,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+PROBLEMS = st.none() | st.builds(Problem, extra=st.dictionaries(st.text(), JSON, max_size=3))
 VARIED: dict[str, Any] = {
     "flags": st.integers(0, 31).map(CommitFlag),
     "progress": st.builds(Progress, current=..., end=..., rate=..., eta=st.none() | FINITE),
-    "error": st.none() | st.builds(Problem, extra=st.dictionaries(st.text(), JSON, max_size=3)),
+    "error": PROBLEMS,
+    "rejection": PROBLEMS,
 }
 # Fields with defaults are varied only where it is asked for.
 EVERY_FIELD: dict[str, Any] = {each.name: ... for each in fields(Job)}

@@ -45,13 +45,22 @@ def around(command: str) -> list[str]:
 EVENT: Final = {"running": "started"}
 START: Final = [*stored("starting", "queued"), *around("block-commit"), "qemu-event", *stored("running", "running")]
 PIVOT: Final = [*stored("pivoting", "ready", "pivoting"), *around("job-complete")]
-PROOF: Final = [*stored("concluding"), *around("read-chain"), *stored("judged"), *around("job-dismiss")]
+PROOF: Final = [*stored("concluding"), *around("read-chain")]
+JUDGED: Final = [*stored("judged"), *around("job-dismiss")]
 UNLINK: Final = ["before-unlink-1", "before-unlink-2", "after-unlink"]
 END: Final = stored("completed", "completed")
 
 POINTS: Final[dict[str, list[str]]] = {
-    "intermediate": [*START, *PROOF, *around("blockdev-del-1"), *around("blockdev-del-2"), *END],
-    "active": [*START, *PIVOT, *PROOF, *(p for n in range(1, 5) for p in around(f"blockdev-del-{n}")), *END],
+    "intermediate": [
+        *START,
+        *PROOF,
+        *around("flush"),
+        *JUDGED,
+        *around("blockdev-del-1"),
+        *around("blockdev-del-2"),
+        *END,
+    ],
+    "active": [*START, *PIVOT, *PROOF, *JUDGED, *(p for n in range(1, 5) for p in around(f"blockdev-del-{n}")), *END],
 }
 POINTS["delete"] = [*POINTS["active"][: -len(END)], *UNLINK, *END]
 CASES: Final = [(kind, point) for kind, points in POINTS.items() for point in points]

@@ -73,6 +73,16 @@ def process_of(pid: int) -> Process:
     return Process(pid=pid, started=start_time(pid), uuid=None)
 
 
+def identity_of(file: Path | str) -> Identity:
+    found = Path(file).stat()
+    return (found.st_dev, found.st_ino)
+
+
+def identified(paths: Sequence[str]) -> dict[str, Identity | None]:
+    """Files to be deleted, each with its identity if it has one."""
+    return {path: identity_of(path) if Path(path).exists() else None for path in paths}
+
+
 def nobody(_file: str, _identity: Identity | None) -> None:
     """Who uses a file."""
 
@@ -231,7 +241,7 @@ def test_undeletable(zoo: Path) -> None:
     images = LocalImages((zoo,), 10)
     names = ("plain", "link", "dangling", "folder", "pipe", "none", "door/secret", "../elsewhere/secret", "../none")
     paths = [f"{zoo}/{name}" for name in names]
-    reasons = asyncio.run(images.undeletable([*paths, "nbd://host/export"], None))
+    reasons = asyncio.run(images.undeletable(identified([*paths, "nbd://host/export"]), None))
     assert {path.removeprefix(f"{zoo}/"): reason for path, reason in reasons.items()} == {
         "link": "a symbolic link; the image behind it may have other names",
         "dangling": "a symbolic link; the image behind it may have other names",
@@ -243,18 +253,22 @@ def test_undeletable(zoo: Path) -> None:
         "../none": "can't be seen by the service: No such file or directory",
         "nbd://host/export": "not a file",
     }
-    assert not asyncio.run(IMAGES.undeletable([f"{zoo}/door/secret"], None))
+    assert not asyncio.run(IMAGES.undeletable(identified([f"{zoo}/door/secret"]), None))
     # A root whose name merely begins the same way is another folder.
     (zoo.parent / "images-old").mkdir()
     (zoo.parent / "images-old" / "plain").write_text("data")
-    assert asyncio.run(images.undeletable([f"{zoo.parent}/images-old/plain"], None))
+    assert asyncio.run(images.undeletable(identified([f"{zoo.parent}/images-old/plain"]), None))
+    # The file that was chosen may be another one by now, or have never been seen.
+    for identity in ((0, 0), None):
+        why = asyncio.run(images.undeletable({f"{zoo}/plain": identity}, None))
+        assert why == {f"{zoo}/plain": "not the file that QEMU has opened under this name"}
 
 
 def test_unlink(zoo: Path) -> None:
     """What may go is gone, what is gone already counts as deleted, and all else stays, with its reason."""
     images = LocalImages((zoo,), 10)
     (zoo / "busy").write_text("data")
-    identity = ((zoo / "busy").stat().st_dev, (zoo / "busy").stat().st_ino)
+    identity = identity_of(zoo / "busy")
     asked: list[tuple[str, Identity | None]] = []
 
     def in_use(file: str, seen: Identity | None) -> str | None:
@@ -263,7 +277,8 @@ def test_unlink(zoo: Path) -> None:
 
     names = ("plain", "none", "busy", "link", "pipe", "folder", "door/secret", "no-folder/image")
     paths = [str(zoo / name) for name in names]
-    deleted, kept = asyncio.run(images.unlink(paths, None, in_use))
+    before = list(identified(paths).items())
+    deleted, kept = asyncio.run(images.unlink(dict(before), None, in_use))
     assert deleted == (str(zoo / "plain"), str(zoo / "none"))
     assert kept == (
         NotDeleted(file=str(zoo / "busy"), reason="in use by web1/vda"),
@@ -273,7 +288,7 @@ def test_unlink(zoo: Path) -> None:
         NotDeleted(file=str(zoo / "door/secret"), reason="outside image_roots"),
         NotDeleted(file=str(zoo / "no-folder/image"), reason="its folder can't be opened: No such file or directory"),
     )
-    assert [file for file, _seen in asked] == paths
+    assert asked == before
     left = {entry.name for entry in zoo.iterdir()}
     assert left == {"busy", "link", "dangling", "door", "folder", "pipe"}
     assert (zoo.parent / "elsewhere" / "secret").read_text() == "data"
@@ -282,7 +297,8 @@ def test_unlink(zoo: Path) -> None:
 def test_unlink_behind_a_symlinked_folder(zoo: Path) -> None:
     """Where a folder is a link, it is the real place that has to be inside of the roots."""
     inside = LocalImages((zoo.parent,), 10)
-    assert asyncio.run(inside.unlink([f"{zoo}/door/secret"], None, nobody)) == ((f"{zoo}/door/secret",), ())
+    path = f"{zoo}/door/secret"
+    assert asyncio.run(inside.unlink(identified([path]), None, nobody)) == ((path,), ())
     assert not (zoo.parent / "elsewhere" / "secret").exists()
 
 
@@ -314,8 +330,9 @@ def test_links_of_another_root_lead_nowhere(zoo: Path) -> None:
         images = LocalImages(("/images",), 10)
         names = ("door/secret", "up/elsewhere/secret", "../elsewhere/secret")
         bad = [f"/images/{name}" for name in names]
-        assert set(asyncio.run(images.undeletable([*bad, "/images/image"], process))) == set(bad)
-        deleted, kept = asyncio.run(images.unlink([*bad, "/images/image"], process, nobody))
+        files = dict.fromkeys(bad, identity_of(target / "secret")) | {"/images/image": identity_of(zoo / "image")}
+        assert set(asyncio.run(images.undeletable(files, process))) == set(bad)
+        deleted, kept = asyncio.run(images.unlink(files, process, nobody))
     assert (deleted, [item.file for item in kept]) == (("/images/image",), bad)
     assert (target / "secret").read_text() == "data"
     assert not (zoo / "image").exists()
@@ -415,7 +432,7 @@ def test_offline_disk_with_a_zero_byte_in_a_name(tmp_path: Path) -> None:
     image = create(tmp_path / "top", backing="aXb")
     image.write_bytes(image.read_bytes().replace(b"aXb", b"a\0b", 1))
     assert "zero byte" in refusal(image)
-    assert asyncio.run(IMAGES.backing_path(str(image))) is None
+    assert asyncio.run(IMAGES.backing_of(str(image), identity_of(image))) is None
 
 
 def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
@@ -438,15 +455,24 @@ def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
     assert len(disk_of(create(inside / "good.qcow2", backing="base.qcow2"), images).layers) == 2
 
 
-def test_backing_path(tmp_path: Path) -> None:
+def test_backing_of(tmp_path: Path) -> None:
     """Where a header leads is told as a path; nothing is told where there is none or it can't be read."""
     base = create(tmp_path / "base.qcow2")
     relative = create(tmp_path / "top.qcow2", backing="./x/../base.qcow2")
     images = LocalImages((tmp_path,), 10)
-    assert asyncio.run(images.backing_path(str(relative))) == str(base)
-    assert asyncio.run(images.backing_path(str(base))) is None
-    assert asyncio.run(images.backing_path(str(tmp_path / "none"))) is None
-    assert asyncio.run(LocalImages((tmp_path / "else",), 10).backing_path(str(relative))) is None
+
+    def backing_of(image: Path, identity: Identity | None, reader: LocalImages = images) -> object:
+        return asyncio.run(reader.backing_of(str(image), identity))
+
+    itself = identity_of(relative)
+    assert backing_of(relative, itself) == (str(base), identity_of(base))
+    assert backing_of(base, identity_of(base)) is None
+    assert backing_of(tmp_path / "none", itself) is None
+    assert backing_of(relative, itself, LocalImages((tmp_path / "else",), 10)) is None
+    # It is the file that was seen before, also if its file system has another number now, or it is not read.
+    assert backing_of(relative, (itself[0] + 1, itself[1])) == (str(base), identity_of(base))
+    for other in (identity_of(base), None):
+        assert backing_of(relative, other) is None
 
 
 def test_identities(tmp_path: Path) -> None:

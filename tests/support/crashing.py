@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,7 +20,7 @@ import uvloop
 
 from app.api.schemas import JsonRender
 from app.core.chain import Identity
-from app.core.job import Job, State
+from app.core.job import Job, NotDeleted, Process, State
 from app.core.moves import Told
 from app.engine.host import Host
 from app.engine.ports import Address, Connector, Images, Journal, Monitor, StoredEvent
@@ -38,6 +38,7 @@ QMP: Final = {
     "cancel": "job-cancel",
     "dismiss": "job-dismiss",
     "disks": "read-chain",
+    "flush": "flush",
 }
 """The calls of a monitor that are points, and what they are called here."""
 
@@ -199,16 +200,21 @@ class DyingImages(Around):
         super().__init__(inner, fuse, lambda _attribute, _arguments: None)
         self._images = inner
 
-    async def unlink(self, paths: Sequence[str], process: Any, in_use: Callable[..., str | None], **named: Any) -> Any:
+    async def unlink(
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """As the images' own; `in_use` is asked right before each unlink."""
-        number = iter(range(1, len(paths) + 1))
+        number = iter(range(1, len(files) + 1))
 
         def asked(file: str, identity: Identity | None) -> str | None:
             self._fuse.reach(f"before-unlink-{next(number)}")
             return in_use(file, identity)
 
-        done = await self._images.unlink(paths, process, asked, **named)
-        if paths:
+        done = await self._images.unlink(files, process, asked)
+        if files:
             self._fuse.reach("after-unlink")
         return done
 
