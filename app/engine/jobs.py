@@ -234,6 +234,10 @@ class Jobs:
     async def _observe(self, monitor: Monitor) -> None:
         now = self._host.clock.monotonic()
         seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
+        for job in self.all():
+            if job.id not in seen and job.id in monitor.last_words and job.state in WITH_QEMU:
+                # Another client has had QEMU forget it, which has told of its end before.
+                seen[job.id] = monitor.last_words[job.id]
         # A QEMU that lives on without its monitor goes on with its jobs.
         asked = [job for job in self.all() if self._link.is_with(job.process) or not self._link.is_alive(job.process)]
         for job, event in reconcile(asked, seen, self._link.process):
@@ -319,7 +323,8 @@ class Jobs:
     async def _check_chain(self, monitor: Monitor, job: Job) -> Event:
         disk = disk_of(job, await self._disks.read())
         if disk is None:
-            return Checked(Proof.UNKNOWN)
+            # It has been unplugged; what was merged below the active layer shows in a header all the same.
+            return await self._check_images(job) if job.overlay else Checked(Proof.UNKNOWN)
         proof = prove(job, disk.nodes, nodes=True)
         unsure = proof is Proof.MERGED and job.type is JobType.COMMIT
         return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))

@@ -294,6 +294,17 @@ def test_unlink(zoo: Path) -> None:
     assert (zoo.parent / "elsewhere" / "secret").read_text() == "data"
 
 
+def test_unlink_what_a_process_has_open(tmp_path: Path) -> None:
+    """A file that another process than the domain's QEMU has locked stays; its own QEMU's locks don't count."""
+    chain = build_chain(tmp_path, 2)
+    with Qemu(tmp_path / "vm.qmp", blockdev(chain)) as qemu:
+        (file,) = files = identified([chain.at(0)])
+        why = (NotDeleted(file=file, reason="another process has it open"),)
+        for process in (None, process_of(os.getpid()), Process(pid=qemu.pid, started=0, uuid=None)):
+            assert asyncio.run(IMAGES.unlink(files, process, nobody)) == ((), why)
+        assert asyncio.run(IMAGES.unlink(files, process_of(qemu.pid), nobody)) == ((file,), ())
+
+
 def test_unlink_behind_a_symlinked_folder(zoo: Path) -> None:
     """Where a folder is a link, it is the real place that has to be inside of the roots."""
     inside = LocalImages((zoo.parent,), 10)

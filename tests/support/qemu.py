@@ -26,7 +26,10 @@ class QmpError(Exception):
 
 
 class Qemu:
-    """One QEMU process; `arguments` are its disks and devices. The guest does not run unless `run` is set."""
+    """One QEMU process; `arguments` are its disks and devices. The guest does not run unless `run` is set.
+
+    `within` is a command that ends in becoming the one that follows it, as `unshare` does.
+    """
 
     def __init__(
         self,
@@ -37,10 +40,11 @@ class Qemu:
         run: bool = False,
         cwd: Path | None = None,
         name: str | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self.monitor = monitor
         self._own = monitor.with_suffix(".own")
-        command = [tool("qemu-system-x86_64"), "-accel", "tcg", "-machine", machine, "-m", "32", "-nodefaults"]
+        command = [*within, tool("qemu-system-x86_64"), "-accel", "tcg", "-machine", machine, "-m", "32", "-nodefaults"]
         command += ["-display", "none", *([] if run else ["-S"]), *(["-name", name] if name else [])]
         for path in (monitor, self._own):
             path.unlink(missing_ok=True)
