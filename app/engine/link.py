@@ -36,7 +36,8 @@ PATIENCE: Final = 10.0
 """Seconds that a heartbeat may take before the monitor counts as unreachable."""
 
 RETRY: Final = (0.2, 0.5, 1.0)
-"""Seconds before the first, second and every later new attempt to connect."""
+"""Seconds before the first, second and every later new attempt to connect. A connection that did not last until its
+first heartbeat counts as an attempt that has failed: somebody who hangs up at once would be called without a pause."""
 
 
 class Change(Enum):
@@ -74,6 +75,7 @@ class Link:
         self._connecting: asyncio.Task[Monitor] | None = None
         self._probe: asyncio.Task[bool] | None = None
         self._attempts = 0
+        self._since = 0.0
         self._due = 0.0
         if registration.address is not None:
             self.error = self._unreachable("connecting")
@@ -195,13 +197,13 @@ class Link:
 
     def _connected(self, monitor: Monitor) -> Change:
         self.monitor, self.process = monitor, monitor.facts.process
-        self._attempts, self._busy, self._hung, self._welcomed = 0, False, False, False
-        self._due = self._clock.monotonic() + HEARTBEAT
+        self._busy, self._hung, self._welcomed = False, False, False
+        self._since = self._clock.monotonic()
+        self._due = self._since + HEARTBEAT
         return Change.CONNECTED
 
     def _connect_failed(self, error: MonitorError) -> Change:
-        self._due = self._clock.monotonic() + RETRY[min(self._attempts, len(RETRY) - 1)]
-        self._attempts += 1
+        self._retry()
         self._busy = isinstance(error, Busy)
         code = Code.MONITOR_BUSY if self._busy else Code.MONITOR_UNREACHABLE
         self.error = Problem(code=code, detail=f"domain {self._registration.id}: {error}")
@@ -216,8 +218,15 @@ class Link:
             await self.monitor.close()
         self.monitor, self._hung = None, False
         self.error = self._unreachable(why)
-        self._attempts, self._due = 0, self._clock.monotonic()
+        if self._clock.monotonic() < self._since + HEARTBEAT:
+            self._retry()
+        else:
+            self._attempts, self._due = 0, self._clock.monotonic()
         return Change.LOST
+
+    def _retry(self) -> None:
+        self._due = self._clock.monotonic() + RETRY[min(self._attempts, len(RETRY) - 1)]
+        self._attempts += 1
 
     async def _stop_probe(self) -> None:
         if self._probe is not None:
