@@ -49,7 +49,9 @@ class Qemu:
         for path in (monitor, self._own):
             path.unlink(missing_ok=True)
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
-        self.process = subprocess.Popen([*command, *arguments], cwd=cwd, stderr=subprocess.PIPE)
+        # `write_guest` has it print figures.
+        out, err = subprocess.DEVNULL, subprocess.PIPE
+        self.process = subprocess.Popen([*command, *arguments], cwd=cwd, stdout=out, stderr=err)
         self._socket: socket.socket | None = None
         self.events: list[dict[str, Any]] = []
         self._connect()
