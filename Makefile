@@ -9,6 +9,8 @@ PYTHON ?= python3
 ARGS ?=
 QEMU ?=
 WITH_QEMU := $(if $(QEMU),PATH="$(abspath $(QEMU)):$$PATH")
+ROUNDS ?= 20
+SEED ?=
 # Most of a live test's time is spent waiting for other processes.
 WORKERS ?= 3
 VENV := .venv
@@ -23,7 +25,7 @@ DEV := $(VENV)/.dev
 LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
 
-.PHONY: help demo test serve openapi lock clean packages
+.PHONY: help demo test torture serve openapi lock clean packages
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -39,6 +41,9 @@ test: $(DEV) ## All checks and tests (QEMU=DIR: with the QEMU in DIR; ARGS: for 
 	$(BIN)/coverage run -m pytest tests/core $(ARGS)
 	$(BIN)/coverage report --fail-under=100
 	$(WITH_QEMU) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/core $(ARGS)
+
+torture: $(DEV) ## Merges under kills at random moments, all data compared (ROUNDS=20, SEED= to play the same plan again)
+	@$(WITH_QEMU) $(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
 serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
 	@$(BIN)/blockjobd serve $(ARGS)
