@@ -17,9 +17,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="the number of the first round, to play one again")
     parser.add_argument("--seed", type=int, default=None)
     given = parser.parse_args()
-    # However it is ended, nothing of what it has started stays behind.
+    # However it is ended, nothing of what it has started stays behind, and the table tells of the rounds until then.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
+        signal.signal(number, signal.default_int_handler)
     seed = secrets.randbelow(1 << 32) if given.seed is None else given.seed
     return 1 if campaign(seed, given.rounds, first=given.first).violations else 0
 

@@ -27,19 +27,22 @@ def campaign(seed: int, rounds: int, *, first: int = 1) -> Outcome:
     """Play the rounds and print the table; each violation is printed with all that it takes to understand it."""
     _say(f"torture: {rounds} rounds from {first} on, seed {seed}")
     began = time.monotonic()
-    violations = 0
+    violations = done = 0
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         stage = Stage(Path(folder))
         played = Rounds(stage)
         try:
             for number in range(first, first + rounds):
                 found, report = played.play(plan_round(seed, number))
+                done += 1
                 if found:
                     violations += len(found)
                     _say(f"\n===== round {number}, seed {seed}: {len(found)} violations", *found, indent="\n  - ")
                     _say(report())
                 elif number % 20 == 0:
                     _say(f"round {number}: {time.monotonic() - began:.0f} s")
+        except KeyboardInterrupt:
+            _say(f"ended in round {first + done}")
         finally:
             stage.begin_round()
             stage.close()
@@ -53,7 +56,7 @@ def campaign(seed: int, rounds: int, *, first: int = 1) -> Outcome:
     _table(
         "all",
         {
-            "rounds": rounds,
+            "rounds": done,
             "seed": seed,
             "faults": sum(stage.counts[how.value] for how in How),
             "restarts of the service": stage.counts["restarts of the service"],

@@ -44,6 +44,7 @@ class Stage:
         self.moments: Counter[str] = Counter()
         self.troubles: list[str] = []
         self.actions: list[str] = []
+        self.closed = False
         self._log_read = 0
         self._speed = 0
         self._lock = threading.Lock()
@@ -58,6 +59,7 @@ class Stage:
         """End everything."""
         self.subscriber.close()
         with self._service_lock:
+            self.closed = True
             if self.service.process is not None:
                 status = self.service.stop()
                 if status != 0:
@@ -98,6 +100,8 @@ class Stage:
     def end_service(self, fault: Fault, who: str) -> None:
         """Kill or stop the service, look at its journal, and start it again."""
         with self._service_lock:
+            if self.closed:
+                return
             self.note(who, fault.how.value)
             if fault.how is How.SERVICE_KILL:
                 self.service.kill()
