@@ -31,7 +31,7 @@ from tests.support.chains import (
     fill,
     small_file_system,
 )
-from tests.support.qemu import Qemu, tool
+from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
 pytestmark = pytest.mark.live
@@ -333,7 +333,7 @@ def test_a_storage_daemon(service: Service, domain: str, chain: Chain, folder: P
     path = folder / "daemon.qmp"
     arguments = ["--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"]
     nodes = [argument.replace("-blockdev", "--blockdev") for argument in explicit_nodes(chain)]
-    daemon = subprocess.Popen([tool("qemu-storage-daemon"), *nodes, *arguments])
+    daemon = subprocess.Popen(["qemu-storage-daemon", *nodes, *arguments])
     try:
         wait_for(path.exists)
         with registered(service, domain, {"qmp": {"unix": str(path)}}):
@@ -377,7 +377,7 @@ def two_overlays(folder: Path) -> tuple[Chain, Chain]:
     one = build_chain(folder, 2)
     two = build_chain(folder / "two", 2, prefix="m")
     overlay = folder / "other.qcow2"
-    create = [tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", "l0.qcow2", "-F", "qcow2", str(overlay)]
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "l0.qcow2", "-F", "qcow2", str(overlay)]
     subprocess.run(create, check=True)
     two.images, two.views = [one.images[0], overlay], [one.views[0], one.views[0]]
     return one, two
@@ -515,7 +515,7 @@ def test_relative_impossible(
 ) -> None:
     """`relative` needs relative headers from the layer above `top` down to the one above `base`, and no others."""
     below = chain.images[absolute - 1]
-    rebase = [tool("qemu-img"), "rebase", "-q", "-u", "-F", "qcow2", "-b", str(below), str(chain.images[absolute])]
+    rebase = ["qemu-img", "rebase", "-q", "-u", "-F", "qcow2", "-b", str(below), str(chain.images[absolute])]
     subprocess.run(rebase, check=True)
     boot(drive(chain))
     body: JSON = {"top": str(chain.images[top]), "base": str(chain.images[base]), "flags": ["relative"]}
@@ -551,7 +551,7 @@ def test_temporary_overlay(service: Service, boot: Boot, domain: str, chain: Cha
 def build_sibling(chain: Chain, folder: Path, number: int = 0) -> Path:
     """Another overlay over a layer of the chain."""
     overlay = folder / f"sibling{number}.qcow2"
-    create = [tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", str(chain.images[number]), "-F", "qcow2"]
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(chain.images[number]), "-F", "qcow2"]
     subprocess.run([*create, str(overlay)], check=True)
     return overlay
 
@@ -613,7 +613,7 @@ def test_locked_by_another_process(
         with Qemu(folder / "unknown.sock", ["-drive", f"file={sibling},format=qcow2,if=virtio"]):
             document = refused(service, domain, {"top": "vda[1]", "base": "vda[2]"}, 409, "image-locked")
     else:
-        command = [tool("qemu-io"), "-r", "-f", "qcow2", str(chain.images[1])]
+        command = ["qemu-io", "-r", "-f", "qcow2", str(chain.images[1])]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -642,7 +642,7 @@ def test_insufficient_storage(service: Service, boot: Boot, domain: str, folder:
         stat = os.statvfs(place)
         assert document["free"] == stat.f_bavail * stat.f_frsize
         assert document["needed"] > document["free"]
-        with subprocess.Popen([tool("qemu-io"), "-r", str(chain.images[0])], stdin=-1, stdout=-1) as process:
+        with subprocess.Popen(["qemu-io", "-r", str(chain.images[0])], stdin=-1, stdout=-1) as process:
             assert process.stdout is not None
             assert process.stdout.read(8) == b"qemu-io>"
             refused(service, domain, body, 409, "image-locked")

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, build_chain, copy_chain, read_image
-from tests.support.qemu import Qemu, tool
+from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
 pytestmark = pytest.mark.live
@@ -236,7 +236,7 @@ def test_files_of_a_qemu_with_mounts_of_its_own(
     own = tmp_path / "own"
     shutil.copytree(seen, own)
     # By its header, the host's own image looks as if the merge had been done.
-    rebase = [tool("qemu-img"), "rebase", "-u", "-f", "qcow2", "-b", "l0.qcow2", "-F", "qcow2", str(chain.active)]
+    rebase = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "l0.qcow2", "-F", "qcow2", str(chain.active)]
     subprocess.run(rebase, check=True)
     before = {image.name: image.read_bytes() for image in chain.images}
     within = ("unshare", "--mount", "--propagation", "private", "sh", "-c", MOUNT, str(own), str(seen))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain, read_image, slow_down
 from tests.support.guest import BLOCKS, Guest, assert_moment
-from tests.support.qemu import Qemu, tool
+from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
 pytestmark = pytest.mark.live
@@ -119,7 +119,7 @@ class Scene:
         files = self.files()
         self._qemu.kill()
         for file in files:
-            check = [tool("qemu-img"), "check", "--output=json", file]
+            check = ["qemu-img", "check", "--output=json", file]
             found = json.loads(subprocess.run(check, check=False, capture_output=True).stdout)
             assert found["check-errors"] == found.get("corruptions", 0) == 0, found
         return assert_moment(read_image(files[0]), self.chain.view, least=self._guest.acknowledged())

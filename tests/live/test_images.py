@@ -25,7 +25,7 @@ from app.qemu import qcow2
 from app.qemu.images import HEADER, LocalImages
 from app.qemu.process import start_time
 from tests.support.chains import CLUSTER, MIB, blockdev, build_chain
-from tests.support.qemu import Qemu, tool
+from tests.support.qemu import Qemu
 
 pytestmark = pytest.mark.live
 
@@ -35,14 +35,14 @@ IMAGES = LocalImages((), 10)
 def create(image: Path, size: int = 4 * MIB, *options: str, backing: str | None = None, format_: str = "qcow2") -> Path:
     """An image without data; `backing` is what its header is to say, without a look at what that is."""
     below = ["-b", backing, "-F", "qcow2", "-u"] if backing else []
-    subprocess.run([tool("qemu-img"), "create", "-q", "-f", format_, *below, *options, image, str(size)], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format_, *below, *options, image, str(size)], check=True)
     return image
 
 
 def change(image: Path, *commands: str, format_: str = "qcow2") -> None:
     """Have qemu-io write into an image."""
     arguments = [part for command in commands for part in ("-c", command)]
-    subprocess.run([tool("qemu-io"), "-f", format_, *arguments, image], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["qemu-io", "-f", format_, *arguments, image], check=True, stdout=subprocess.DEVNULL)
 
 
 def disk_of(image: Path | str, images: LocalImages = IMAGES) -> Disk:
@@ -150,7 +150,7 @@ def test_measure_a_raw_base(tmp_path: Path) -> None:
         file.write(b"\1" * CLUSTER)
         file.truncate(4 * MIB)
     top = tmp_path / "top.qcow2"
-    create_over = [tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", top]
+    create_over = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", top]
     subprocess.run(create_over, check=True)
     change(top, f"write -q -P 2 0 {CLUSTER}", f"write -q -P 2 {MIB} {2 * CLUSTER}")
     assert measured(disk_of(top)) == clusters(3, 2)
@@ -394,7 +394,7 @@ def test_offline_disk_of_a_raw_image(tmp_path: Path) -> None:
     secret = create(tmp_path / "secret.qcow2")
     trap = create(tmp_path / "trap.img", backing=secret.name)
     top = tmp_path / "top.qcow2"
-    subprocess.run([tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", trap.name, "-F", "raw", top], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", trap.name, "-F", "raw", top], check=True)
     disk = disk_of(top)
     assert disk.files == (str(top), str(trap))
     assert [layer.format for layer in disk.layers] == ["qcow2", "raw"]
@@ -460,7 +460,7 @@ def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
     raw = inside / "over-raw.qcow2"
     create(outside / "disk.img", format_="raw")
     below = ["-b", "../outside/disk.img", "-F", "raw"]
-    subprocess.run([tool("qemu-img"), "create", "-q", "-f", "qcow2", *below, raw], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *below, raw], check=True)
     assert "image_roots" in refusal(raw, images)
     create(inside / "base.qcow2")
     assert len(disk_of(create(inside / "good.qcow2", backing="base.qcow2"), images).layers) == 2

@@ -14,7 +14,6 @@ import pytest
 
 from tests.live.conftest import Boot
 from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, build_chain, read_image
-from tests.support.qemu import tool
 from tests.support.service import JSON, Service
 
 pytestmark = pytest.mark.live
@@ -57,7 +56,7 @@ def another_name(image: Path, elsewhere: Path, way: str) -> Generator[Path]:
 
 
 def overlay_on(base: Path, image: Path) -> Path:
-    create = [tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(image)]
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(image)]
     subprocess.run(create, check=True)
     return image
 
@@ -106,10 +105,10 @@ def test_a_base_under_another_name(
 
 def holder(kind: str, image: Path, folder: Path) -> list[str]:
     if kind == "qemu-nbd":
-        return [tool("qemu-nbd"), "-r", "-f", "qcow2", "-t", "-k", str(folder / "nbd.sock"), str(image)]
+        return ["qemu-nbd", "-r", "-f", "qcow2", "-t", "-k", str(folder / "nbd.sock"), str(image)]
     if kind == "qemu-img":
-        return [tool("qemu-img"), "convert", "-r", "4096", "-O", "raw", str(image), str(folder / "copy.raw")]
-    return [tool("qemu-io"), "-r", "-U", "-f", "qcow2", str(image)]
+        return ["qemu-img", "convert", "-r", "4096", "-O", "raw", str(image), str(folder / "copy.raw")]
+    return ["qemu-io", "-r", "-U", "-f", "qcow2", str(image)]
 
 
 @pytest.mark.parametrize("kind", ["qemu-nbd", "qemu-img", "force-share"])

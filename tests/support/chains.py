@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.qemu import Qemu, tool
+from tests.support.qemu import Qemu
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -76,7 +76,7 @@ def build_chain(
         format_ = base_format if number == 0 else "qcow2"
         image = here / f"{prefix}{number}.{'img' if format_ == 'raw' else 'qcow2'}"
         virtual = sizes[number] if sizes else size
-        create = [tool("qemu-img"), "create", "-q", "-f", format_]
+        create = ["qemu-img", "create", "-q", "-f", format_]
         if number:
             below = chain.images[-1]
             name = str(below) if absolute else os.path.relpath(below, here)
@@ -90,7 +90,7 @@ def build_chain(
             pattern = noise.randrange(1, 256)
             view[at : at + length] = bytes([pattern]) * length
             commands += ["-c", f"write -q -P {pattern} {at} {length}"]
-        subprocess.run([tool("qemu-io"), "-f", format_, *commands, str(image)], check=True)
+        subprocess.run(["qemu-io", "-f", format_, *commands, str(image)], check=True)
         chain.images.append(image)
         chain.views.append(bytes(view))
         chain.formats.append(format_)
@@ -116,9 +116,7 @@ def read_image(image: Path | str, format_: str = "qcow2") -> bytes:
     """What a guest sees of the image, whole, also while QEMU has it open."""
     raw = Path(f"{image}.raw")
     try:
-        subprocess.run(
-            [tool("qemu-img"), "convert", "-U", "-f", format_, "-O", "raw", str(image), str(raw)], check=True
-        )
+        subprocess.run(["qemu-img", "convert", "-U", "-f", format_, "-O", "raw", str(image), str(raw)], check=True)
         return raw.read_bytes()
     finally:
         raw.unlink(missing_ok=True)
@@ -144,7 +142,7 @@ def header_format(image: Path | str) -> str | None:
 
 
 def _info(image: Path | str) -> dict[str, Any]:
-    command = [tool("qemu-img"), "info", "-U", "--output=json", str(image)]
+    command = ["qemu-img", "info", "-U", "--output=json", str(image)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,13 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-QEMU_DIR = os.environ.get("QEMU_DIR")
-
-
-def tool(name: str) -> str:
-    """The command of that name, of the QEMU that is tested."""
-    return str(Path(QEMU_DIR) / name) if QEMU_DIR else name
 
 
 class QmpError(Exception):
@@ -44,7 +36,7 @@ class Qemu:
     ) -> None:
         self.monitor = monitor
         self._own = monitor.with_suffix(".own")
-        command = [*within, tool("qemu-system-x86_64"), "-accel", "tcg", "-machine", machine, "-m", "32", "-nodefaults"]
+        command = [*within, "qemu-system-x86_64", "-accel", "tcg", "-machine", machine, "-m", "32", "-nodefaults"]
         command += ["-display", "none", *([] if run else ["-S"]), *(["-name", name] if name else [])]
         for path in (monitor, self._own):
             path.unlink(missing_ok=True)

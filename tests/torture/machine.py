@@ -21,7 +21,7 @@ from tests.support.chains import (
     slow_down,
     write_guest,
 )
-from tests.support.qemu import Qemu, QmpError, tool
+from tests.support.qemu import Qemu, QmpError
 from tests.torture.judge import chains_after
 from tests.torture.plan import Ask, Await, DomainPlan, Fault, How, Kind, Revive, Steer, Write
 from tests.torture.records import DomainEnd, Reply, Request
@@ -396,7 +396,7 @@ def _file_of(filename: str) -> str:
 
 def header_chain(top: Path) -> tuple[str, ...]:
     """The chain as the images' headers tell it."""
-    command = [tool("qemu-img"), "info", "-U", "--backing-chain", "--output=json", str(top)]
+    command = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(top)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return tuple(image["filename"] for image in found)
 
@@ -407,6 +407,6 @@ def check(file: str) -> str | None:
     What a merged layer leads to may have been deleted by a later job.
     """
     alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": file}}
-    command = [tool("qemu-img"), "check", "-q", "json:" + json.dumps(alone)]
+    command = ["qemu-img", "check", "-q", "json:" + json.dumps(alone)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return None if done.returncode in (0, 3) else f"qemu-img check {file}: {done.stdout}{done.stderr}"
