@@ -123,7 +123,7 @@ def usual(request: JSON) -> bytes:
 
 
 def answers(answer: Answer, *commands: str) -> Talk:
-    """Greets and negotiates as QEMU does, then gives its own answer to the commands (to all of them if none are named)."""
+    """Greets and negotiates as QEMU does, then gives its own answer to the commands; to all if none are named."""
 
     def talk(connection: socket.socket) -> None:
         connection.sendall(GREETING)
@@ -184,7 +184,7 @@ NO_QEMU: dict[str, Talk] = {
     "text-for-commands": returns("text", "query-commands"),
     "numbers-for-commands": returns([1, 2], "query-commands"),
     "text-for-disks": returns("text", "query-block"),
-    "disks-of-no-shape": returns([{"device": 7, "qdev": [], "inserted": 3}], "query-block"),
+    "disks-of-no-shape": returns([{"device": 7, "qdev": [1], "inserted": 3}], "query-block"),
     "status-of-no-shape": returns([], "query-status"),
     "jobs-of-no-shape": returns([{"id": 7}], "query-jobs"),
     "leaves": leaves_sooner_or_later(),
