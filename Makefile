@@ -11,6 +11,7 @@ QEMU ?=
 WITH_QEMU := $(if $(QEMU),PATH="$(abspath $(QEMU)):$$PATH")
 ROUNDS ?= 20
 SEED ?=
+REQUESTS ?= 20000
 # Most of a live test's time is spent waiting for other processes.
 WORKERS ?= 3
 VENV := .venv
@@ -25,7 +26,7 @@ DEV := $(VENV)/.dev
 LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
 
-.PHONY: help demo test torture serve openapi lock clean packages
+.PHONY: help demo test torture fuzz serve openapi lock clean packages
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -40,10 +41,17 @@ test: $(DEV) ## All checks and tests (QEMU=DIR: with the QEMU in DIR; ARGS: for 
 	$(BIN)/lint-imports
 	$(BIN)/coverage run -m pytest tests/core $(ARGS)
 	$(BIN)/coverage report --fail-under=100
-	$(WITH_QEMU) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/core $(ARGS)
+	# The path of a unix socket has 107 bytes at most, so that of the temporary files is a short one.
+	temporary=$$(mktemp -d /tmp/bj-XXXX); \
+	$(WITH_QEMU) $(BIN)/python -m pytest --basetemp "$$temporary/t" --numprocesses $(WORKERS) --dist loadfile \
+		--ignore tests/core $(ARGS); \
+	rm -rf "$$temporary"
 
 torture: $(DEV) ## Merges under kills at random moments, all data compared (ROUNDS=20, SEED= to play the same plan again)
 	@$(WITH_QEMU) $(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(DEV) ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
+	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
 
 serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
 	@$(BIN)/blockjobd serve $(ARGS)

@@ -111,7 +111,8 @@ class Jobs:
 
         Raises `JobConflict` and `JournalFull`; there is no job then.
         """
-        first = start_job(job)
+        # A job that waits is one of this QEMU's too, and ends with it.
+        first = start_job(replace(job, process=self._link.process))
         if self._host.budget.claim(job.id, self._wake):
             launched = step(job, Launch(self._link.process), self._host.clock.now())
             first = Step(launched.job, first.told + launched.told, launched.commands)

@@ -73,7 +73,8 @@ class Recovery:
         for job in jobs:
             found = Found.QUEUED if job.state is State.QUEUED else Found.WAITING
             self._add(job.id, job.domain, job.disk, found, state=job.state)
-        log.info("recovering", unfinished=len(self._findings))
+        if self._findings:
+            log.info("recovering", unfinished=len(self._findings))
 
     def note(self, job: Job, event: Event) -> None:
         """A job has moved to where it is now, by `event`."""

@@ -407,7 +407,7 @@ def test_the_journal_has_no_room(cramped: Service, template: Chain, folder: Path
         assert_nothing_changes(service, running, ready)
         if meanwhile != "nothing":
             service.kill() if meanwhile == "kill" else service.stop()
-            service.start("/livez")
+            service.start(check="/livez")
             service.wait_for_domain("idle")
             assert_nothing_changes(service, running, ready)
         assert all(image.exists() for image in lower.images)
