@@ -62,11 +62,13 @@ class Guarded(APIRoute):
 
         async def guarded(request: Request) -> Response:
             request.state.token = _judge(request, role)
-            # A dry run that is misspelt must not become a real one.
+            # A dry run that is misspelt, or asked for and not asked for, must not become a real one.
             for name in request.query_params:
                 if name not in known:
                     expected = ", ".join(sorted(known)) or "none"
                     raise Refused(invalid_parameter(name, f"unknown parameter; expected {expected}"))
+                if len(request.query_params.getlist(name)) > 1:
+                    raise Refused(invalid_parameter(name, "given more than once"))
             return await handler(Request(request.scope, _limited(request.receive)))
 
         return guarded

@@ -185,6 +185,7 @@ def test_wrong_domain_ids(api: Api, domain: str) -> None:
         ("/jobs?state=nonsense", "state"),
         ("/jobs?active=maybe", "active"),
         ("/jobs?stat=failed", "stat"),
+        ("/jobs?limit=1&limit=2", "limit"),
         ("/domains?limit=0", "limit"),
         ("/domains/x%00", "domain"),
         ("/domains/x/disks/%00", "disk"),
@@ -205,6 +206,7 @@ def test_a_misspelt_dry_run_is_none(api: Api) -> None:
     """What was meant as a dry run must not start a job."""
     problem(api.operator.post(f"{COMMIT}?dryrun=true"), 422, "invalid-request")
     problem(api.operator.post(f"{COMMIT}?dry_run=perhaps"), 422, "invalid-request")
+    problem(api.operator.post(f"{COMMIT}?dry_run=true&dry_run=false"), 422, "invalid-request")
     problem(api.operator.post(f"{COMMIT}?dry_run=true"), 404, "domain-not-found")
 
 
