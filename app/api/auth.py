@@ -59,6 +59,7 @@ class Guarded(APIRoute):
         parts = list(_all_dependants(self.dependant))
         role = next(part.call.role for part in parts if isinstance(part.call, Requires))
         known = {parameter.alias for part in parts for parameter in part.query_params}
+        takes_body = self.body_field is not None
 
         async def guarded(request: Request) -> Response:
             request.state.token = _judge(request, role)
@@ -69,6 +70,8 @@ class Guarded(APIRoute):
                     raise Refused(invalid_parameter(name, f"unknown parameter; expected {expected}"))
                 if len(request.query_params.getlist(name)) > 1:
                     raise Refused(invalid_parameter(name, "given more than once"))
+            if takes_body and _announced(request) > BODY_MAX:
+                raise _too_large()
             return await handler(Request(request.scope, _limited(request.receive)))
 
         return guarded
@@ -101,6 +104,15 @@ def _judge(request: Request, role: Role) -> Token:
     return token
 
 
+def _too_large() -> HTTPException:
+    return HTTPException(413, f"the body is larger than {BODY_MAX} bytes")
+
+
+def _announced(request: Request) -> int:
+    """The length that the client says its body has; the server has seen to it that it is a number."""
+    return int(request.headers.get("content-length", "0"))
+
+
 def _limited(receive: Receive) -> Receive:
     size = 0
 
@@ -109,7 +121,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > BODY_MAX:
-            raise HTTPException(413, f"the body is larger than {BODY_MAX} bytes")
+            raise _too_large()
         return message
 
     return limited
