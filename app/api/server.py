@@ -32,13 +32,51 @@ BACKLOG: Final = 2048
 """Connections that may wait to be taken."""
 
 
+HEAD_MAX: Final = 64 << 10
+"""Bytes that the head of a request may have; beyond it a head is refused unless it comes in one piece."""
+
+MESSAGE_MAX: Final = 8 << 20
+"""Bytes that are read of a request in all: a body of the largest size, in chunks that are small, takes that many."""
+
+
 class Protocol(HttpToolsProtocol):
-    """HTTP/1.1, which answers what is none with a problem document, and whose connections can be cut."""
+    """HTTP/1.1, which answers what is none with a problem document, and whose connections can be cut.
+
+    The parser below it keeps each header until it is complete, whoever sends it and however long it is.
+    """
+
+    _messages = 0
+    _taken = 0
+    _limit: int | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Take in some bytes, unless they are too many."""
+        before = self._messages
+        super().data_received(data)
+        if self._limit is None or before != self._messages or self.transport.is_closing():
+            return
+        self._taken += len(data)
+        if self._taken > self._limit == HEAD_MAX:
+            self.send_400_response(f"the head of the request is larger than {HEAD_MAX} bytes")
+        elif self._taken > self._limit:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
+        self._messages += 1
+        self._taken, self._limit = 0, HEAD_MAX
         self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
+
+    def on_headers_complete(self) -> None:
+        """Begin a body."""
+        self._limit = MESSAGE_MAX
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._limit = None
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no HTTP, and end the connection."""
