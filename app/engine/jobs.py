@@ -112,7 +112,8 @@ class Jobs:
         Raises `JobConflict` and `JournalFull`; there is no job then.
         """
         # A job that waits is one of this QEMU's too, and ends with it.
-        first = start_job(replace(job, process=self._link.process))
+        job = replace(job, process=self._link.process)
+        first = start_job(job)
         if self._host.budget.claim(job.id, self._wake):
             launched = step(job, Launch(self._link.process), self._host.clock.now())
             first = Step(launched.job, first.told + launched.told, launched.commands)
@@ -214,23 +215,23 @@ class Jobs:
         self._strays = strays(seen, records)
 
     async def _adopt(self, monitor: Monitor) -> None:
-        left: list[str] = []
-        for id_ in self._strays:
-            stray = await monitor.stray(id_)
-            if stray is None:
-                self._host.recovery.unknown(id_, self._link.domain)
-                continue
-            now, process = self._host.clock.now(), monitor.facts.process
-            job = adopt(stray, id_=id_, domain=self._link.domain, process=process, now=now)
+        todo, self._strays = self._strays, []
+        for id_ in todo:
             try:
+                stray = await monitor.stray(id_)
+                if stray is None:
+                    self._host.recovery.unknown(id_, self._link.domain)
+                    continue
+                now, process = self._host.clock.now(), monitor.facts.process
+                job = adopt(stray, id_=id_, domain=self._link.domain, process=process, now=now)
                 await self._host.journal.add_job([Told(EventType.ADOPTED, job)])
-            except JobConflict:
-                # The journal has another unfinished job on this disk, whose end is to be found first.
-                left.append(id_)
-                continue
-            self._host.budget.occupy(id_)
-            self._host.recovery.adopted(self._keep(job))
-        self._strays = left
+            except (MonitorError, JobConflict, JournalFull) as error:
+                # The journal may have another unfinished job on this disk, whose end is to be found first.
+                log.warning("not adopted yet", domain=self._link.domain, job=id_, error=str(error))
+                self._strays.append(id_)
+            else:
+                self._host.budget.occupy(id_)
+                self._host.recovery.adopted(self._keep(job))
 
     async def _observe(self, monitor: Monitor) -> None:
         now = self._host.clock.monotonic()

@@ -257,6 +257,22 @@ def test_a_queued_job_whose_chain_has_changed(own: Own, chain: Chain, template: 
         assert_content(qemu, chain.active, chain.view)
 
 
+def test_a_queued_job_whose_qemu_has_ended(own: Own, chain: Chain, template: Chain, tmp_path: Path) -> None:
+    """A job that waits ends with its QEMU, also if nobody was there to see it."""
+    other = copy_chain(template, make(tmp_path / "other"))
+    with machine(own, chain), machine(own, other, f"{own.vm}-other") as second:
+        first = crawling(own)
+        waiting = own.started(f"{own.vm}-other", **ACTIVE)
+        assert waiting["state"] == "queued"
+        own.kill()
+        second.kill()
+        again(own)
+        failed = own.wait_for_job(waiting["id"])
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "domain-gone")
+        assert (failed["data_state"], types(own, waiting)) == ("untouched", ["job.queued", "job.failed"])
+        assert hurry(own, first)["state"] == "completed"
+
+
 def test_a_paused_job_stays_paused(own: Own, chain: Chain) -> None:
     """A job that somebody paused is found paused, with its speed, and goes on when it is resumed."""
     with machine(own, chain) as qemu:
