@@ -20,6 +20,8 @@ import httpx
 ENDED = ("completed", "failed", "canceled", "lost")
 JSON = dict[str, Any]
 SERVE = ("app.cli.main", "serve")
+QUIET = 60
+"""Seconds after which a test that waits for an event has failed."""
 
 
 class Service:
@@ -193,10 +195,14 @@ def sse(client: httpx.Client, url: str, headers: Mapping[str, str] | None = None
 
 def _events(response: httpx.Response) -> Iterator[JSON]:
     event: JSON = {}
+    last = time.monotonic()
     for line in response.iter_lines():
+        # A stream that is idle goes on for ever, and the client's own timeout never comes.
+        assert time.monotonic() < last + QUIET, f"no event for {QUIET} s: {response.url}"
         if not line:
             if "data" in event:
                 yield event
+                last = time.monotonic()
             event = {}
         elif not line.startswith(":"):
             key, _, value = line.partition(": ")
