@@ -176,7 +176,9 @@ class LocalImages:
                 # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
                 return False
             with suppress(OSError):
-                return _is_locked(os.stat(as_seen_by(path, process)), process)
+                locked = _is_locked(os.stat(as_seen_by(path, process)), process)
+                # A QEMU that is just ending still has its locks; that it has gone is told by the next command.
+                return locked and (process is None or alive(process) is not False)
             return False
 
         return await asyncio.to_thread(look) if path.startswith("/") else False
