@@ -141,6 +141,8 @@ class Command(StrEnum):
     CANCEL = "cancel"
     """As QEMU's block-job-cancel: at ready it waits for a consistent copy."""
     CANCEL_FORCE = "cancel-force"
+    FINALIZE = "finalize"
+    """Have the merged data written to the disk, and then have QEMU take the merged layers out of the chain."""
     PAUSE = "pause"
     RESUME = "resume"
     SET_SPEED = "set-speed"

@@ -134,11 +134,13 @@ def _observed_alive(job: Job, event: Observed, now: int, again: tuple[Command, .
     failing = event.status == "standby" and event.io_status != "ok"
     if job.state is State.ABORTING:
         # Sent again as long as it shows no effect: a restart may have come between storing the wish and the command.
-        if event.status in ("waiting", "pending", "aborting"):
+        if event.status in ("waiting", "aborting") or (event.status == "pending" and job.type is not JobType.COMMIT):
             return Step(job)
         # A copy that can't be made consistent is not waited for.
         hard = job.intent is Intent.FORCE or event.status == "paused" or failing
         return Step(job, (), (Command.CANCEL_FORCE,) if hard else (*_awake(event), Command.CANCEL))
+    if event.status == "pending" and job.type is JobType.COMMIT:
+        return Step(job, (), (Command.FINALIZE,))
     if event.status == "paused" or failing:
         return _observed_paused(job, event, again)
     if event.status in ("ready", "standby"):

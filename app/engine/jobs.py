@@ -76,6 +76,7 @@ class Jobs:
             Command.COMPLETE: self._complete,
             Command.CANCEL: self._cancel,
             Command.CANCEL_FORCE: self._cancel_force,
+            Command.FINALIZE: self._finalize,
             Command.PAUSE: self._pause,
             Command.RESUME: self._resume,
             Command.SET_SPEED: self._set_speed,
@@ -313,6 +314,11 @@ class Jobs:
     async def _cancel_force(self, monitor: Monitor, job: Job) -> None:
         await monitor.cancel(job.id, force=True)
 
+    async def _finalize(self, monitor: Monitor, job: Job) -> None:
+        # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
+        await self._flushed(monitor, job)
+        await monitor.finalize(job.id)
+
     async def _pause(self, monitor: Monitor, job: Job) -> None:
         await monitor.pause(job.id)
 
@@ -332,10 +338,10 @@ class Jobs:
         return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))
 
     async def _flushed(self, monitor: Monitor, job: Job) -> bool:
-        """Have all that is merged on the disk: else, if QEMU were killed, it would be lost with the merged files.
+        """Have all that is merged below the active layer on the disk: else it would be lost if QEMU were killed.
 
-        QEMU sees to that itself before a pivot, and where it makes the base read-only again. It does not where the base
-        was writable before a merge below the active layer, as 7.2 leaves it after an aborted merge into it.
+        QEMU sees to that itself before a pivot. Below the active layer it does so after it has changed the header, and
+        only if it makes the base read-only again, which it is not if a merge into it was aborted before.
         """
         try:
             await monitor.flush(job.work.nodes[job.work.base])

@@ -133,6 +133,10 @@ class Monitor(Protocol):
         """Change the speed, in bytes/s; 0 is no limit."""
         ...
 
+    async def finalize(self, job_id: str) -> None:
+        """Let a pending job take effect (QAPI `job-finalize`); one that is not pending is no error."""
+        ...
+
     async def flush(self, node: str) -> None:
         """Have QEMU write to the disk what it holds back of the node's data; a read-only node has nothing to write."""
         ...

@@ -33,6 +33,7 @@ NEEDED: Final = (
     "job-cancel",
     "job-complete",
     "job-dismiss",
+    "job-finalize",
     "job-pause",
     "job-resume",
     "qom-get",
@@ -247,6 +248,10 @@ class QmpMonitor:
     async def set_speed(self, job_id: str, bandwidth: int) -> None:
         """Change the speed, in bytes/s; 0 is no limit (QAPI `block-job-set-speed`)."""
         await self._connection.execute("block-job-set-speed", {"device": job_id, "speed": bandwidth})
+
+    async def finalize(self, job_id: str) -> None:
+        """Let a pending job take effect (QAPI `job-finalize`)."""
+        await self._tolerant("job-finalize", {"id": job_id}, "cannot accept command verb", "not found")
 
     async def flush(self, node: str) -> None:
         """Write to the disk what is held back of a node's data (HMP `qemu-io`, as QAPI has no command for it)."""

@@ -127,7 +127,7 @@ def test_a_plan() -> None:
                 "backing-file": "base.qcow2",
                 "speed": 2 << 20,
                 "on-error": "report",
-                "auto-finalize": True,
+                "auto-finalize": False,
                 "auto-dismiss": False,
             },
         },

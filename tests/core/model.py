@@ -63,6 +63,7 @@ class QemuJob:
     io_status: str = "ok"
     gentle_cancel: bool = False
     complete: bool = False
+    finalized: bool = False
 
     def to(self, status: str) -> None:
         """Move, as far as QEMU's own table allows it."""
@@ -144,6 +145,13 @@ class Qemu:
             raise QemuRefuses("Can't resume a job that was not paused")
         job.paused, job.io_status = False, "ok"
 
+    def finalize(self, id_: str) -> None:
+        """As `job-finalize`; a commit of the active layer does not wait for it (`auto-finalize`)."""
+        job = self._job(id_)
+        if job.status != "pending":
+            raise QemuRefuses(f"Job '{id_}' in state '{job.status}' cannot accept command verb 'finalize'")
+        job.finalized = True
+
     def dismiss(self, id_: str) -> None:
         """As `job-dismiss`."""
         job = self._job(id_)
@@ -162,7 +170,8 @@ class Qemu:
         if job.status in PASSING:
             job.to(PASSING[job.status])
         elif job.status == "pending":
-            self._conclude(job)
+            if job.active or job.finalized:
+                self._conclude(job)
         elif job.paused and job.status in STANDS:
             job.to(STANDS[job.status])
         elif not job.paused and job.status in GOES_ON:

@@ -150,6 +150,8 @@ class Service:
                 qemu.cancel(id_, force=False)
             case Command.CANCEL_FORCE:
                 qemu.cancel(id_, force=True)
+            case Command.FINALIZE:
+                qemu.finalize(id_)
             case Command.PAUSE:
                 qemu.pause(id_)
             case Command.RESUME:

@@ -15,7 +15,7 @@ from app.core.qmp import block_commit_arguments
     ],
 )
 def test_the_arguments_of_block_commit(backing_file: str | None, speed: int, optional: dict[str, object]) -> None:
-    """Nodes are named, never files; the job finalizes itself and stays to be read; no limit is no argument."""
+    """Nodes are named, never files; where a header is to be written the job waits for that; it stays to be read."""
     assert block_commit_arguments(
         device="n3", top_node="n2", base_node="n0", backing_file=backing_file, speed=speed, on_error="enospc"
     ) == {
@@ -23,7 +23,7 @@ def test_the_arguments_of_block_commit(backing_file: str | None, speed: int, opt
         "top-node": "n2",
         "base-node": "n0",
         "on-error": "enospc",
-        "auto-finalize": True,
+        "auto-finalize": backing_file is None,
         "auto-dismiss": False,
         **optional,
     }

@@ -53,8 +53,9 @@ END: Final = stored("completed", "completed")
 POINTS: Final[dict[str, list[str]]] = {
     "intermediate": [
         *START,
-        *PROOF,
         *around("flush"),
+        *around("job-finalize"),
+        *PROOF,
         *JUDGED,
         *around("blockdev-del-1"),
         *around("blockdev-del-2"),

@@ -107,8 +107,7 @@ def in_qemu(qemu: Qemu) -> list[tuple[str, str]]:
 
 def finish(qemu: Qemu, job: JSON) -> None:
     """Lift the limit of the job in QEMU itself, and wait for its end there."""
-    qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
-    until(lambda: in_qemu(qemu) == [(job["id"], "concluded")])
+    qemu.conclude(job["id"])
 
 
 def types(service: Service, job: JSON) -> list[str]:

@@ -73,8 +73,7 @@ def test_the_report(tmp_path: Path) -> None:
                 service.wait_for_domain(f"vm{number}")
             jobs = [service.started(f"vm{number}", **CRAWL) for number in range(4)]
             service.kill()
-            finishing.qmp("block-job-set-speed", device=jobs[1]["id"], speed=0)
-            until(lambda: [job["status"] for job in finishing.qmp("query-jobs")] == ["concluded"])
+            finishing.conclude(jobs[1]["id"])
             killed.kill()
             stopped.pause()
             service.start()

@@ -22,6 +22,7 @@ from tests.support.chains import (
     build_chain,
     copy_chain,
     drive_with_id,
+    header_backing,
     read_image,
     write_guest,
 )
@@ -99,11 +100,11 @@ def again(service: Own) -> None:
     service.wait_for_domain(service.vm)
 
 
-def until(condition: Callable[[], object], seconds: float = 15) -> None:
+def until(condition: Callable[[], object], seconds: float = 15, pause: float = 0.01) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def crawling(service: Own, **body: Any) -> JSON:
@@ -360,13 +361,18 @@ def test_many_restarts_during_one_job(own: Own, chain: Chain) -> None:
 # What happens meanwhile ----------------------------------------------------------------------------------------------
 
 
-def test_completed_meanwhile(own: Own, chain: Chain) -> None:
-    """A job that ends while the service is away is settled when it is back, the files to be deleted and all."""
+@pytest.mark.parametrize("ended", [True, False], ids=["by-another", "waiting"])
+def test_completed_meanwhile(own: Own, chain: Chain, *, ended: bool) -> None:
+    """A job that ends while the service is away, or has only its end to come, is settled when it is back."""
     with machine(own, chain) as qemu:
         job = crawling(own, flags=["bandwidth_bytes", "delete"])
         own.kill()
-        qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
-        until(lambda: status(qemu, job) == "concluded")
+        if ended:
+            qemu.conclude(job["id"])
+        else:
+            qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
+            until(lambda: status(qemu, job) == "pending")
+            assert header_backing(chain.active) == "l3.qcow2"
         assert all(image.exists() for image in chain.images)
         again(own)
         done = own.wait_for_job(job["id"])
@@ -420,10 +426,12 @@ def test_another_client_dismisses_a_completed_job(own: Own, chain: Chain, kind: 
         job = crawling(own) if kind == "intermediate" else ready(own)
         if away:
             own.kill()
-        if kind == "intermediate":
-            qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
-        else:
+        if kind == "active":
             qemu.qmp("job-complete", id=job["id"])
+        elif away:
+            qemu.conclude(job["id"])
+        else:
+            qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
 
         def dismissed() -> bool:
             with suppress(QmpError):
@@ -474,8 +482,7 @@ def test_qemu_is_killed_after_the_merge(own: Own, chain: Chain) -> None:
     with machine(own, chain) as qemu:
         job = crawling(own, flags=["bandwidth_bytes", "delete"])
         own.kill()
-        qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
-        until(lambda: status(qemu, job) == "concluded")
+        qemu.conclude(job["id"])
         qemu.kill()
         own.start()
         done = own.wait_for_job(job["id"])
@@ -483,6 +490,27 @@ def test_qemu_is_killed_after_the_merge(own: Own, chain: Chain) -> None:
         assert done["result"]["chain"] == [chain.at(0), chain.at(4)]
         assert [left["file"] for left in done["result"]["not_deleted"]] == chain.files[1:4]
         assert all(image.exists() for image in chain.images)
+    assert_same(read_image(chain.active), chain.view)
+
+
+@pytest.mark.parametrize("away", [True, False], ids=["away", "there"])
+def test_qemu_is_killed_before_the_header_is_changed(own: Own, chain: Chain, *, away: bool) -> None:
+    """A merge below the active layer does not take effect before its data is on the disk, whenever QEMU is killed."""
+    with machine(own, chain) as qemu:
+        job = crawling(own)
+        if away:
+            own.kill()
+            qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
+            until(lambda: status(qemu, job) == "pending")
+            qemu.kill()
+            own.start()
+        else:
+            assert own.client.patch(f"/jobs/{job['id']}", json={"bandwidth": 0}).status_code == 200
+            until(lambda: header_backing(chain.active) == "l0.qcow2", pause=0)
+            qemu.kill()
+        ended = own.wait_for_job(job["id"])
+        assert ended["state"] == ("failed" if away else "completed")
+        assert ended["result"]["chain"] == (chain.files if away else [chain.at(0), chain.at(4)])
     assert_same(read_image(chain.active), chain.view)
 
 

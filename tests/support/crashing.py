@@ -39,6 +39,7 @@ QMP: Final = {
     "dismiss": "job-dismiss",
     "disks": "read-chain",
     "flush": "flush",
+    "finalize": "job-finalize",
 }
 """The calls of a monitor that are points, and what they are called here."""
 

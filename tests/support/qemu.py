@@ -89,6 +89,16 @@ class Qemu:
             else:
                 return message["return"]
 
+    def conclude(self, job_id: str) -> None:
+        """Have a merge below the active layer come to its end in here, as another client could."""
+        self.qmp("block-job-set-speed", device=job_id, speed=0)
+        deadline = time.monotonic() + 30
+        while (status := {job["id"]: job["status"] for job in self.qmp("query-jobs")}.get(job_id)) != "concluded":
+            assert time.monotonic() < deadline, status
+            if status == "pending":
+                self.qmp("job-finalize", id=job_id)
+            time.sleep(0.01)
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()

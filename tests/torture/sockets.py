@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 from contextlib import suppress
@@ -29,6 +30,9 @@ def cut(pid: int, path: Path) -> int:
                 if str(file.readlink()) not in wanted:
                     continue
                 mine = libc.syscall(PIDFD_GETFD, process, int(file.name), 0)
+                if mine < 0 and ctypes.get_errno() == errno.EBADF:
+                    # The other side has just ended, and this one with it.
+                    continue
                 if mine < 0:
                     raise OSError(ctypes.get_errno(), "pidfd_getfd")
                 with socket.socket(fileno=mine) as taken, suppress(OSError):
