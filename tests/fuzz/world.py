@@ -68,8 +68,7 @@ class World:
             client.delete(f"/domains/{name}")
         self.names = ["vda"]
         for name in DOMAINS:
-            state = known[name]["state"] if name in known else None
-            if state not in {OFF: ("shutoff",), GONE: ("unreachable",)}.get(name, ("paused",)):
+            if name not in known or not self._is_itself(name, known[name]):
                 answer = client.put(f"/domains/{name}", json=self.registration(name))
                 assert answer.status_code in (200, 201), answer.text
         for name in MACHINES:
@@ -85,6 +84,12 @@ class World:
                 self.jobs.append(job["id"])
             self.names += [*disk["aliases"], *(layer[key] for layer in disk["chain"] for key in ("file", "node"))]
         self.names += [f"vda[{index}]" for index in range(LAYERS + 1)]
+
+    def _is_itself(self, name: str, domain: JSON) -> bool:
+        if name in MACHINES:
+            # It may have been given the other one's monitor, which is lost to that one then.
+            return domain["state"] == "paused" and domain["qemu"]["pid"] == self._machines[name][0].pid
+        return domain["state"] == {OFF: "shutoff", GONE: "unreachable"}[name]
 
     def _move_on(self, job_id: str, *, at_once: bool) -> None:
         """Have a job end or go on: at once, or now and then, so that the requests find it as it is."""
