@@ -29,8 +29,9 @@ FULL: Final = 0.02
 Reply = Any
 """A command's `return`, as QAPI says."""
 
-# Every refused command and lost connection is an error to that library's logger; here they are told where they matter.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+# Every refused command and lost connection is an error to that library's logger, and an attempt that is given up while
+# its peer hangs up is a critical one, traceback and all; here they are told where they matter.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):
