@@ -158,13 +158,15 @@ class Machine:
         if job is not None:
             self._do(step.verb, job)
 
-    def _do(self, verb: str, job: JSON) -> None:
+    def _do(self, verb: str, job: JSON) -> bool:
+        """Ask for something; whether the domain could be reached."""
         method, suffix = STEERS[verb]
         self._may_have_pivoted |= verb == "pivot"
         body: JSON | None = {"bandwidth": 0} if verb == "speed" else None
         status, answer = self._stage.client.ask(method, f"/jobs/{job['id']}{suffix}", body)
         self.replies.append(Reply(domain=self.plan.name, what=f"{verb} {job['id']}", status=status, answer=answer))
         self.note(f"{verb} {job['id']} ({job['state']}): {status} {answer.get('code') or answer.get('state')}")
+        return status != 503
 
     def _write(self, step: Write) -> None:
         if self._stopped or not self.running:
@@ -291,8 +293,8 @@ class Machine:
                 break
             for job in left:
                 if job["state"] == "ready" and job["id"] not in asked and job["on_ready"] == "wait":
-                    self._do("pivot" if self.plan.pivots_at_end else "abort", job)
-                    asked.add(job["id"])
+                    if self._do("pivot" if self.plan.pivots_at_end else "abort", job):
+                        asked.add(job["id"])
                 elif job["state"] == "paused":
                     self._do("resume", job)
             if time.monotonic() > deadline:
