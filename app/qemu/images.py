@@ -23,6 +23,7 @@ from app.core.job import NotDeleted, Process
 from app.core.plan import Selection
 from app.engine.ports import Measure
 from app.qemu import qcow2
+from app.qemu.locks import is_locked, locked_files
 from app.qemu.process import alive, as_seen_by, open_files, open_folder, place_of
 
 HEADER: Final = 65536
@@ -33,10 +34,6 @@ MAP_MAX: Final = 64 << 20
 
 DEPTH_MAX: Final = 1000
 """Layers of a chain that are followed."""
-
-WRITE: Final = 101
-UNSHARED_WRITE: Final = 201
-"""The bytes that QEMU locks: "I write", and "nobody else may write" (block/file-posix.c)."""
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -66,15 +63,7 @@ def _held(process: Process | None) -> frozenset[Identity] | None:
     held = open_files(process) if process.pid is not None else None
     if held is not None:
         return held
-    with suppress(OSError):
-        fields = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        return frozenset(_lock_identity(line[-3]) for line in fields if "OFDLCK" in line)
-    return None
-
-
-def _lock_identity(text: str) -> Identity:
-    major, minor, inode = text.split(":")
-    return (os.makedev(int(major, 16), int(minor, 16)), int(inode))
+    return locked_files()
 
 
 def _with_file(layer: Layer, process: Process | None, held: frozenset[Identity] | None) -> Layer:
@@ -176,7 +165,7 @@ class LocalImages:
                 # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
                 return False
             with suppress(OSError):
-                locked = _is_locked(os.stat(as_seen_by(path, process)), process)
+                locked = is_locked(os.stat(as_seen_by(path, process)), process)
                 # A QEMU that is just ending still has its locks; that it has gone is told by the next command.
                 return locked and (process is None or alive(process) is not False)
             return False
@@ -297,7 +286,7 @@ class LocalImages:
             # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
             if (reason := self._why_not_in(folder, name, identity)) is not None:
                 return reason
-            if _is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
+            if is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
                 return "another process has it open"
             os.unlink(name, dir_fd=folder)
             os.fsync(folder)
@@ -436,37 +425,3 @@ def _clusters(ranges: Sequence[tuple[int, int]], cluster: int) -> list[tuple[int
         else:
             merged.append((first, last))
     return merged
-
-
-def _count(locks: str, inode: str) -> int:
-    """How many holders lock the bytes by which QEMU tells that it writes, or lets nobody write.
-
-    `locks` is as in /proc/locks (proc(5)): `1: OFDLCK ADVISORY READ -1 fe:00:1234 201 201`.
-    """
-    count = 0
-    for line in locks.splitlines():
-        fields = line.removeprefix("lock:\t").split()
-        if inode not in fields or "OFDLCK" not in fields:
-            continue
-        first, last = fields[-2], fields[-1]
-        end = 1 << 63 if last == "EOF" else int(last)
-        count += sum(int(first) <= byte <= end for byte in (WRITE, UNSHARED_WRITE))
-    return count
-
-
-def _is_locked(file: os.stat_result, process: Process | None) -> bool:
-    """Whether another process than `process` holds an image lock on the file; raises OSError."""
-    inode = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-    locks = Path("/proc/locks")
-    if _count(locks.read_text(), inode) == 0:
-        return False
-    ours = _locks_of(process, inode) if process is not None and alive(process) else 0
-    return _count(locks.read_text(), inode) > ours
-
-
-def _locks_of(process: Process, inode: str) -> int:
-    count = 0
-    for info in Path(f"/proc/{process.pid}/fdinfo").iterdir():
-        with suppress(OSError):
-            count += _count(info.read_text(), inode)
-    return count
