@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := qemu-system-x86 qemu-utils python3-venv curl
+COMPARED := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients wrk
 
 # What `blockjobd` needs to run, and what the tests need on top.
 RUNTIME := $(VENV)/.runtime
@@ -26,7 +27,7 @@ DEV := $(VENV)/.dev
 LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
 
-.PHONY: help demo test torture fuzz serve openapi lock clean packages
+.PHONY: help demo test torture fuzz bench serve openapi lock clean packages libvirt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -52,6 +53,9 @@ torture: $(DEV) ## Merges under kills at random moments, all data compared (ROUN
 
 fuzz: $(DEV) ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
 	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+
+bench: $(DEV) | libvirt ## Figures next to raw QMP and to libvirt, at scale (ARGS="small api": only these)
+	@$(BIN)/python -m bench $(ARGS)
 
 serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
 	@$(BIN)/blockjobd serve $(ARGS)
@@ -82,6 +86,13 @@ $(BIN)/python: | packages
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "blockjobd needs Python 3.11 or newer; see make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# What `make bench` compares with.
+libvirt:
+	@if ! command -v libvirtd virsh wrk > /dev/null || [ -z "$$(find /usr/lib -name libvirt_driver_qemu.so)" ]; then \
+		$(SUDO) apt-get update -qq; \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes --no-install-recommends $(COMPARED) > /dev/null; \
+	fi
 
 packages:
 	@missing=; \
