@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import Iterable
@@ -50,16 +51,14 @@ def settle() -> None:
     os.sync()
 
 
-def image(path: Path, size: int, *, backing: Path | None = None, data: int = 0, pattern: int = 1) -> Path:
-    """A qcow2 image of a virtual size, with `data` bytes of data from its start."""
+def image(path: Path, size: int, *, backing: Path | None = None, at: int = 0, data: int = 0, pattern: int = 1) -> Path:
+    """A qcow2 image of a virtual size, with `data` bytes of data from the offset `at` on."""
     below = ("-b", backing.name, "-F", "qcow2") if backing else ()
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *below, path, str(size)], check=True)
     if data:
-        write = [
-            part
-            for at in range(0, data, 256 * MIB)
-            for part in ("-c", f"write -q -P {pattern} {at} {min(256 * MIB, data - at)}")
-        ]
+        ends = [*range(at, at + data, 256 * MIB), at + data]
+        pieces = [f"write -q -P {pattern} {begin} {end - begin}" for begin, end in itertools.pairwise(ends)]
+        write = [part for piece in pieces for part in ("-c", piece)]
         subprocess.run(["qemu-io", "-f", "qcow2", *write, path], check=True)
     return path
 
