@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Final, cast
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
-from qemu.qmp.message import Message
+from qemu.qmp.message import DeserializationError, Message, UnexpectedTypeError
 
 from app.core.errors import qemu_problem
 from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
@@ -25,6 +25,9 @@ GREETING: Final = 5.0
 
 FULL: Final = 0.02
 """Seconds until the next try at a socket whose queue of clients is full."""
+
+SHOWN: Final = 100
+"""How many bytes are shown of a message that is none."""
 
 Reply = Any
 """A command's `return`, as QAPI says."""
@@ -46,6 +49,23 @@ class _Client(QMPClient):
 
     async def _event_dispatch(self, msg: Message) -> None:
         self._sink(cast("Mapping[str, Any]", msg))
+
+    async def _do_recv(self) -> Message:
+        """The next message. The library's own errors hold all of what was read, and are made a text of several times.
+
+        What ends without a line's end is no message: the peer has gone while it spoke.
+        """
+        line = await self._readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        try:
+            return Message(line, eager=True)
+        except (DeserializationError, UnexpectedTypeError) as error:
+            why = error.error_message
+        # Raised out here, with the line let go: an error keeps the frames it came through, and the one it followed.
+        shown = line[:SHOWN]
+        del line
+        raise DeserializationError(why, shown)
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
