@@ -123,7 +123,12 @@ class QmpMonitor:
                     disks = await self._read_disks()
             except graph.Torn:
                 continue
-            return await asyncio.to_thread(with_files, disks, self.facts.process)
+            disks = await asyncio.to_thread(with_files, disks, self.facts.process)
+            if any(layer.identity is None for disk in disks for layer in disk.layers):
+                # A process that ends holds no file any more. What it had open would seem to be no file of its own, and
+                # a job planned by that could never be proven to have ended well.
+                await self.guest_running()
+            return disks
         raise Declined(Problem(code=Code.QEMU_ERROR, detail="the block graph changes while it is read; try again"))
 
     async def _read_disks(self) -> tuple[Disk, ...]:

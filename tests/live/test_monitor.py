@@ -15,10 +15,13 @@ from typing import Any, TypeAlias, TypeVar
 
 import pytest
 
+from app.core.chain import Disk
 from app.core.job import Process
 from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
+from app.qemu.images import with_files
 from app.qemu.monitor import HINTS, LAST_WORDS_MAX, NEEDED, QmpConnector, QmpMonitor
 from app.qemu.process import start_time
+from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 from tests.support.service import JSON
 
@@ -104,6 +107,26 @@ async def pretender(path: Path | None, talk: Talk) -> AsyncGenerator[int]:
         for end in ended:
             await end.wait()
         await server.wait_closed()
+
+
+def test_ended_while_its_disks_are_read(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU that ends between its last answer and the look at its files has no disks, rather than disks of no file."""
+    chain = build_chain(tmp_path, 2)
+    with Qemu(path, blockdev(chain)) as qemu:
+
+        async def story() -> None:
+            async with connected(path) as monitor:
+                assert all(layer.identity for disk in await monitor.disks() for layer in disk.layers)
+
+                def ends_first(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:
+                    qemu.kill()
+                    return with_files(disks, process)
+
+                monkeypatch.setattr("app.qemu.monitor.with_files", ends_first)
+                with pytest.raises(Unreachable):
+                    await monitor.disks()
+
+        run(story())
 
 
 async def _requests(reader: Reader) -> AsyncGenerator[JSON]:
