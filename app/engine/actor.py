@@ -26,7 +26,7 @@ from app.core.transitions import step
 from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.jobs import Jobs
-from app.engine.link import HEARTBEAT, Change, Link
+from app.engine.link import Change, Link
 from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, Registration
 from app.engine.views import DiskView, DomainState, DomainView
 
@@ -52,7 +52,7 @@ class Actor:
 
     def __init__(self, registration: Registration, host: Host, jobs: tuple[Job, ...] = ()) -> None:
         self.registration = registration
-        self.link = Link(registration, host.connector, host.clock, self.wake)
+        self.link = Link(registration, host.connector, host.clock, hint=self._hinted, stir=self._stir)
         self.disks = Disks(registration, self.link, host.images)
         self._host = host
         self._jobs = Jobs(host, self.link, self.disks, jobs, self.wake)
@@ -108,6 +108,15 @@ class Actor:
         """Have the actor look at its domain soon."""
         self._jobs.look_soon = True
         self._woken.set()
+
+    def _stir(self) -> None:
+        self._woken.set()
+
+    def _hinted(self) -> None:
+        if not self.jobs:
+            # The guest may have been stopped, or run again.
+            self.link.hasten()
+        self.wake()
 
     def stop(self) -> None:
         """Have `run` return when what is being done is done."""
@@ -201,7 +210,8 @@ class Actor:
         except JournalFull as error:
             # Nothing was stored, so nothing was done: the same is seen and tried again at the next look.
             log.error("journal full", domain=self.id, error=str(error))
-        self._next_look = self._host.clock.monotonic() + (POLL if self.jobs else HEARTBEAT)
+        # Beside a domain without jobs nothing is done until something happens there.
+        self._next_look = self._host.clock.monotonic() + POLL if self._jobs.restless else float("inf")
 
     async def _serve_inbox(self) -> None:
         while self._inbox:
@@ -255,14 +265,19 @@ class Actor:
             raise Refused(chosen)
         base, delete = chosen.base_layer, CommitFlag.DELETE in request.flags
         await self._host.read_off()
+        doomed = {layer.file: layer.identity for layer in chosen.merged if delete}
+        locked, free, is_device, undeletable = await asyncio.gather(
+            images.locked(base.file, process),
+            images.free_bytes(base.file, process),
+            images.is_device(base.file, process),
+            images.undeletable(doomed, process),
+        )
         facts = Facts(
             shared_with=self._host.base_user(self.id, disk, base),
-            locked=await images.locked(base.file, process),
-            free=await images.free_bytes(base.file, process),
-            base_is_device=await images.is_device(base.file, process),
-            undeletable=await images.undeletable(
-                {layer.file: layer.identity for layer in chosen.merged if delete}, process
-            ),
+            locked=locked,
+            free=free,
+            base_is_device=is_device,
+            undeletable=undeletable,
         )
         plan = plan_commit(chosen, facts)
         doubtful = isinstance(plan, Problem) and plan.code is Code.INSUFFICIENT_STORAGE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -51,6 +51,10 @@ PROGRESS: Final = 0.5
 """The fewest seconds between two reports of a job's progress."""
 
 
+READING: Final = frozenset({Command.CHECK_CHAIN, Command.CHECK_IMAGES})
+"""Commands that change nothing anywhere."""
+
+
 class Jobs:
     """The unfinished jobs of one domain. Only the domain's actor calls it.
 
@@ -90,6 +94,11 @@ class Jobs:
     def all(self) -> tuple[Job, ...]:
         """The unfinished jobs, oldest first."""
         return tuple(self._jobs.values())
+
+    @property
+    def restless(self) -> bool:
+        """Whether there is something to look at again without being told to."""
+        return bool(self._jobs or self._strays)
 
     async def find(self, job_id: str) -> Job | None:
         """A job of any state."""
@@ -138,21 +147,35 @@ class Jobs:
     async def advance(self, job: Job, event: Event) -> Job:
         """Step, store, act, and go on with what comes of it.
 
-        Raises `Refused` and `JournalFull`; nothing has changed then.
+        Where all that is to be done is to read, what follows from that is stored together with what led to it: a crash
+        in between leaves the job as it was, to be seen and read again. Raises `Refused` and `JournalFull`; nothing has
+        changed then.
         """
+        job = self._jobs.get(job.id, job)
         events: deque[Event] = deque([event])
-        while events:
-            event = events.popleft()
-            following = step(self._jobs.get(job.id, job), event, self._host.clock.now())
-            if following.told:
-                await self._host.journal.store(following.told)
-            job = self._keep(following.job)
-            self._host.recovery.note(job, event)
-            for command in following.commands:
+        unstored: list[tuple[Step, Event]] = []
+        while events or unstored:
+            commands: tuple[Command, ...] = ()
+            if events:
+                event = events.popleft()
+                following = step(job, event, self._host.clock.now())
+                job, commands = following.job, following.commands
+                unstored.append((following, event))
+            if not commands or not READING.issuperset(commands):
+                await self._store(unstored)
+                unstored.clear()
+            for command in commands:
                 result = await self._do(job, command)
                 if result is not None:
                     events.append(result)
         return job
+
+    async def _store(self, steps: Sequence[tuple[Step, Event]]) -> None:
+        told = [each for following, _ in steps for each in following.told]
+        if told:
+            await self._host.journal.store(told)
+        for following, event in steps:
+            self._host.recovery.note(self._keep(following.job), event)
 
     def _keep(self, job: Job) -> Job:
         if job.ended:
@@ -383,7 +406,8 @@ class Jobs:
             await monitor.dismiss(job.id)
             if merged and not kept:
                 await monitor.release(work.release)
-            disk = disk_of(job, await self._disks.read())
+            # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
+            disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else work.chain
         if merged and work.deletes:
             await self._host.read_off()

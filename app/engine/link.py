@@ -29,15 +29,21 @@ from app.engine.ports import (
 )
 from app.engine.views import DomainState
 
-HEARTBEAT: Final = 3.0
-"""Seconds between two signs of life that are asked of a QEMU; with `PATIENCE` it bounds how long a hang goes unseen."""
+HEARTBEAT: Final = 10.0
+"""Seconds between two signs of life that are asked of a QEMU; with `PATIENCE` it bounds how long a hang goes unseen.
+
+Where there are jobs QEMU is asked about them all the time anyway, and of a change of the guest's state it tells itself.
+"""
 
 PATIENCE: Final = 10.0
 """Seconds that a heartbeat may take before the monitor counts as unreachable."""
 
 RETRY: Final = (0.2, 0.5, 1.0)
-"""Seconds before the first, second and every later new attempt to connect. A connection that did not last until its
-first heartbeat counts as an attempt that has failed: somebody who hangs up at once would be called without a pause."""
+"""Seconds before the first, second and every later new attempt to connect."""
+
+LASTING: Final = 3.0
+"""Seconds that a connection has to last, else it counts as an attempt that has failed: somebody who hangs up at once
+would be called without a pause."""
 
 
 class Change(Enum):
@@ -53,10 +59,19 @@ class Change(Enum):
 
 
 class Link:
-    """The connection of one domain, whether it stands or not."""
+    """The connection of one domain, whether it stands or not.
+
+    `hint` is called when QEMU tells that something has happened, `stir` when there is something to harvest.
+    """
 
     def __init__(
-        self, registration: Registration, connector: Connector, clock: Clock, wake: Callable[[], None]
+        self,
+        registration: Registration,
+        connector: Connector,
+        clock: Clock,
+        *,
+        hint: Callable[[], None],
+        stir: Callable[[], None],
     ) -> None:
         self.domain = registration.id
         self.monitor: Monitor | None = None
@@ -67,7 +82,8 @@ class Link:
         self._registration = registration
         self._connector = connector
         self._clock = clock
-        self._wake = wake
+        self._hint = hint
+        self._stir = stir
         self._busy = False
         self._hung = False
         self._welcomed = False
@@ -142,16 +158,21 @@ class Link:
         ended = any(task is not None and task.done() for task in (self._connecting, self._probe))
         return ended or (self.monitor is not None and not self.monitor.connected)
 
+    def hasten(self) -> None:
+        """Have the next heartbeat begin soon."""
+        if self.monitor is not None and self._welcomed:
+            self._due = self._clock.monotonic()
+
     def begin(self) -> None:
         """Begin an attempt to connect, or a heartbeat, if it is time for one."""
         if self._clock.monotonic() < self.deadline:
             return
         if self.monitor is not None:
             self._probe = asyncio.create_task(_ask_for_life(self.monitor))
-            self._probe.add_done_callback(lambda _task: self._wake())
+            self._probe.add_done_callback(lambda _task: self._stir())
         elif self._registration.address is not None:
-            self._connecting = asyncio.create_task(self._connector.connect(self._registration.address, self._wake))
-            self._connecting.add_done_callback(lambda _task: self._wake())
+            self._connecting = asyncio.create_task(self._connector.connect(self._registration.address, self._hint))
+            self._connecting.add_done_callback(lambda _task: self._stir())
 
     async def end(self) -> Change | None:
         """Take in what was begun and has ended; what that changed."""
@@ -218,7 +239,7 @@ class Link:
             await self.monitor.close()
         self.monitor, self._hung = None, False
         self.error = self._unreachable(why)
-        if self._clock.monotonic() < self._since + HEARTBEAT:
+        if self._clock.monotonic() < self._since + LASTING:
             self._retry()
         else:
             self._attempts, self._due = 0, self._clock.monotonic()

@@ -133,12 +133,14 @@ class QmpMonitor:
 
     async def _read_disks(self) -> tuple[Disk, ...]:
         execute = self._connection.execute
-        blocks = await execute("query-block")
-        stats = await execute("query-blockstats")
         unfinished = await execute("query-block-jobs")
         stream = next((job["device"] for job in unfinished if job["type"] == "stream"), None)
+        asked = [execute("query-block"), execute("query-blockstats")]
         if stream is None or self._connection.greeting.get("qemu", {}).get("major", 0) >= NODES_SAFE:
-            self._nodes = await execute("query-named-block-nodes", {"flat": True})
+            asked.append(execute("query-named-block-nodes", {"flat": True}))
+        # All at once: next to the merge of a small layer, each wait for a reply shows.
+        blocks, stats, *nodes = await asyncio.gather(*asked)
+        self._nodes = nodes[0] if nodes else self._nodes
         prefixes = {qdev: await self._prefix(qdev) for block in blocks if (qdev := block.get("qdev"))}
         running = [job for job in unfinished if job["status"] not in ("concluded", "null")]
         block_graph = None
@@ -182,11 +184,10 @@ class QmpMonitor:
 
     async def jobs(self) -> Mapping[str, Observed]:
         """Every job that QEMU has, by id (QAPI `query-jobs`, and `query-block-jobs` for I/O errors)."""
-        jobs = await self._connection.execute("query-jobs")
-        if not jobs:
-            return {}
+        execute = self._connection.execute
+        jobs, block_jobs = await asyncio.gather(execute("query-jobs"), execute("query-block-jobs"))
         with _understood():
-            blocked = {job["device"]: job["io-status"] for job in await self._connection.execute("query-block-jobs")}
+            blocked = {job["device"]: job["io-status"] for job in block_jobs}
             return {
                 job["id"]: Observed(
                     status=job["status"],
@@ -267,11 +268,13 @@ class QmpMonitor:
 
     async def release(self, nodes: Sequence[str]) -> None:
         """Delete nodes (QAPI `blockdev-del`). Those that QEMU made itself go with the node above them."""
-        for node in nodes:
-            try:
-                await self._connection.execute("blockdev-del", {"node-name": node})
-            except Declined as declined:
-                log.debug("node not deleted", node=node, reason=declined.problem.detail)
+        # Sent at once, and carried out in this order: a node can be deleted when nothing above uses it any more.
+        asked = [self._connection.execute("blockdev-del", {"node-name": node}) for node in nodes]
+        for node, answer in zip(nodes, await asyncio.gather(*asked, return_exceptions=True), strict=True):
+            if isinstance(answer, Declined):
+                log.debug("node not deleted", node=node, reason=answer.problem.detail)
+            elif isinstance(answer, BaseException):
+                raise answer
 
     async def dismiss(self, job_id: str) -> None:
         """Let QEMU forget a concluded job (QAPI `job-dismiss`)."""

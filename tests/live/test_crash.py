@@ -45,7 +45,7 @@ def around(command: str) -> list[str]:
 EVENT: Final = {"running": "started"}
 START: Final = [*stored("starting", "queued"), *around("block-commit"), "qemu-event", *stored("running", "running")]
 PIVOT: Final = [*stored("pivoting", "ready", "pivoting"), *around("job-complete")]
-PROOF: Final = [*stored("concluding"), *around("read-chain")]
+PROOF: Final = around("read-chain")
 JUDGED: Final = [*stored("judged"), *around("job-dismiss")]
 UNLINK: Final = ["before-unlink-1", "before-unlink-2", "after-unlink"]
 END: Final = stored("completed", "completed")
