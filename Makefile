@@ -89,7 +89,11 @@ $(BIN)/python: | packages
 
 # What `make bench` compares with.
 libvirt:
-	@if ! command -v libvirtd virsh wrk > /dev/null || [ -z "$$(find /usr/lib -name libvirt_driver_qemu.so)" ]; then \
+	@missing=; \
+	for tool in libvirtd virsh wrk; do \
+		command -v $$tool > /dev/null || missing=1; \
+	done; \
+	if [ -n "$$missing" ] || [ -z "$$(find /usr/lib -name libvirt_driver_qemu.so)" ]; then \
 		$(SUDO) apt-get update -qq; \
 		$(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes --no-install-recommends $(COMPARED) > /dev/null; \
 	fi

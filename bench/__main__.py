@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.figures import Section
-from bench.report import draw, markdown, versions, write_results
+from bench.report import draw, markdown, versions, write_results, write_tables
 from bench.stage import Stage
 
 ALL = ("small", "large", "events", "api", "domains", "many", "journal", "soak")
@@ -41,6 +41,7 @@ def main() -> int:
         print(markdown(section), f"\n({time.monotonic() - started:.0f} s)\n", sep="", flush=True)
     if not asked.short:
         write_results(HERE / "results.json", sections, seconds=time.monotonic() - begin)
+        write_tables(HERE.parent / "docs" / "performance.md", sections)
         for picture in (picture for section in sections for picture in section.pictures):
             draw(picture, HERE.parent / "docs" / "pictures")
     return 0

@@ -55,8 +55,8 @@ class _Found:
         self.memory: dict[int, int] = {}
 
     def each(self, count: int) -> float:
-        """The memory that a domain adds, in bytes."""
-        return (self.memory[count] - self.memory[0]) / count
+        """The memory that each domain adds after the first, with which both load most of their code; in bytes."""
+        return (self.memory[count] - self.memory[1]) / (count - 1)
 
 
 def _ours(stage: Stage, template: Path, counts: list[int], seconds: float) -> _Found:
@@ -119,7 +119,7 @@ def _section(found: dict[str, _Found], counts: list[int], why_not: str | None) -
             f"{of.start[count]:.2f} s" if of.start else "-",
             f"{of.idle[count] * 100:.1f} %",
             mib(of.memory[count]),
-            mib(of.each(count)) if count else "-",
+            mib(of.each(count)) if count > 1 else "-",
         ]
         for count in counts
         for contender, of in found.items()
@@ -129,7 +129,10 @@ def _section(found: dict[str, _Found], counts: list[int], why_not: str | None) -
     goals = [
         Goal(f"idle with {most} domains: under 2 % of a core", f"{ours.idle[most] * 100:.1f} %", ours.idle[most] < 0.02)
     ]
-    note = "Start: from starting the process until all are known. Memory: PSS of the daemon, without the QEMUs."
+    note = (
+        "Start: from starting the process until all are known. Memory: PSS of the daemon, without the QEMUs; then what "
+        "each domain after the first adds to it."
+    )
     if why_not:
         note += f" libvirt was not measured: {why_not}."
     else:

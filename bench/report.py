@@ -73,6 +73,19 @@ def write_results(path: Path, sections: Sequence[Section], *, seconds: float) ->
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def write_tables(page: Path, sections: Sequence[Section]) -> None:
+    """Put the tables into a page, each between `<!-- bench: NAME -->` and `<!-- end -->`, and the versions likewise."""
+    text = page.read_text()
+    parts = {section.name: markdown(section).partition("\n\n")[2] for section in sections}
+    parts["versions"] = "\n".join(f"- {name}: {said}" for name, said in versions().items()) + "\n"
+    for name, part in parts.items():
+        begin = f"<!-- bench: {name} -->\n"
+        before, mark, after = text.partition(begin)
+        if mark:
+            text = f"{before}{mark}{part}<!-- end -->{after.partition('<!-- end -->')[2]}"
+    page.write_text(text)
+
+
 def draw(picture: Picture, folder: Path) -> None:
     """Write a picture as SVG."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def run(stage: Stage) -> Section:
     with ExitStack() as stack:
         running = stack.enter_context(Service(stage.new("ours")))
         daemon = None if why_not else stack.enter_context(libvirt(stage.new("libvirt")))
-        for number in range(stage.times(20, 1)):
+        for number in range(stage.times(15, 1)):
             for kind, pivot in KINDS.items():
                 name = f"r{number}{'a' if pivot else 'b'}"
                 for contender in ("bare script", "blockjobd", "virsh"):

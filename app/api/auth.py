@@ -38,7 +38,8 @@ class Requires:
     def __init__(self, role: Role) -> None:
         self.role = role
 
-    def __call__(
+    # What is not `async` would be sent to a thread.
+    async def __call__(
         self, request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
     ) -> Token:
         """The token that `Guarded` has judged."""

@@ -19,11 +19,12 @@ router = APIRouter(route_class=Guarded, tags=["domains"])
 NewDomainId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="the domain's id")]
 
 
-@router.get("/domains", operation_id="listDomains", responses=refusals(*READS))
-async def list_domains(_who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Domains:
+@router.get("/domains", operation_id="listDomains", response_model=Domains, responses=refusals(*READS))
+async def list_domains(_who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Response:
     """Every known domain, by id."""
     views, following = page(await use.domains(), lambda view: view.id, after=cursor, limit=limit)
-    return Domains(items=[domain_out(view) for view in views], next=following)
+    found = Domains(items=[domain_out(view) for view in views], next=following)
+    return Response(found.model_dump_json(), media_type="application/json")
 
 
 @router.get("/domains/{domain}", operation_id="getDomain", responses=refusals(*READS, Code.DOMAIN_NOT_FOUND))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query
@@ -81,6 +82,8 @@ async def _of_job(job_id: JobId, wanted: Asked, use: UseCases) -> AsyncGenerator
         yield events
 
 
+# Each subscriber gets the same text, and all of them get an event one right after the other.
+@lru_cache(maxsize=64)
 def _sent(event: StoredEvent | None) -> ServerSentEvent:
     if event is None:
         return ServerSentEvent(comment="idle")

@@ -30,7 +30,7 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})
 """Routes that are asked all the time; they stand in the log only when they fail."""
 
-log = structlog.stdlib.get_logger("blockjobd.http")
+log = structlog.get_logger("blockjobd.http")
 
 
 class Observed:

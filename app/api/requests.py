@@ -21,7 +21,8 @@ CHANGES: Final = (*READS, Code.OPERATION_DENIED, Code.PAYLOAD_TOO_LARGE, Code.SH
 """What any change may be refused with."""
 
 
-def _use_cases(request: Request) -> Service:
+# What is not `async` would be sent to a thread.
+async def _use_cases(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 

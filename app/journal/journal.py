@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from app.core.job import Job
+from app.core.job import Job, State
 from app.core.moves import Told
 from app.engine.ports import (
     Clock,
@@ -35,8 +36,11 @@ from app.journal.database import connect, connect_to_read, transaction
 PRUNED_EVENTS: Final = 500
 """Events of domains that one transaction deletes, so that no other write waits long."""
 
-PRUNED_JOBS: Final = 50
+PRUNED_JOBS: Final = 25
 """Jobs that one transaction deletes, each with its handful of events."""
+
+KEPT_JOBS: Final = 256
+"""Ended jobs that are kept in memory, the last that were asked for: an outcome is often asked for more than once."""
 
 T = TypeVar("T")
 Publish = Callable[[Sequence[StoredEvent]], None]
@@ -60,6 +64,7 @@ class SqliteJournal:
         self._render = render
         self._clock = clock
         self._publish: Publish | None = None
+        self._ended: OrderedDict[str, Job] = OrderedDict()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-write")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-read")
 
@@ -151,7 +156,7 @@ class SqliteJournal:
             lambda connection, _events: (
                 connection.execute(
                     "DELETE FROM events WHERE id IN"
-                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ? ORDER BY id LIMIT ?)",
+                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ? ORDER BY time LIMIT ?)",
                     (before, PRUNED_EVENTS),
                 ).rowcount
             )
@@ -161,12 +166,15 @@ class SqliteJournal:
             lambda connection, _events: (
                 connection.execute(
                     "DELETE FROM jobs WHERE seq IN"
-                    " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ? ORDER BY seq LIMIT ?)",
+                    " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ?"
+                    " ORDER BY finished_at LIMIT ?)",
                     (before, PRUNED_JOBS),
                 ).rowcount
             )
         ):
             pass
+        # A new one: a read that began before puts what it found into the old one.
+        self._ended = OrderedDict()
 
     async def check(self) -> str | None:
         """None if the journal can be written, which is tried, else why not."""
@@ -183,8 +191,19 @@ class SqliteJournal:
 
     async def job(self, job_id: str) -> Job | None:
         """The last stored version of a job."""
+        kept = self._ended
+        job = kept.get(job_id)
+        if job is not None:
+            kept.move_to_end(job_id)
+            return job
         rows = await self._read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
-        return decode_job(rows[0][0]) if rows else None
+        job = decode_job(rows[0][0]) if rows else None
+        # A job that was lost may still be resolved; any other that has ended changes no more, it is only pruned.
+        if job is not None and job.ended and job.state is not State.LOST:
+            kept[job_id] = job
+            if len(kept) > KEPT_JOBS:
+                kept.popitem(last=False)
+        return job
 
     async def unfinished(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""
@@ -197,7 +216,9 @@ class SqliteJournal:
                 "domain = :domain": wanted.domain is not None,
                 "disk = :disk": wanted.disk is not None,
                 "state = :state": wanted.state is not None,
-                "ended = :ended": wanted.active is not None,
+                # Not bound: SQLite takes an index with a condition only where it can see that the condition holds.
+                "ended = 0": wanted.active is True,
+                "ended = 1": wanted.active is False,
                 "seq < :before": wanted.before is not None,
             }
         )
@@ -207,7 +228,6 @@ class SqliteJournal:
                 "domain": wanted.domain,
                 "disk": wanted.disk,
                 "state": wanted.state,
-                "ended": not wanted.active,
                 "before": wanted.before,
                 "limit": wanted.limit,
             },

@@ -1,0 +1,86 @@
+"""No question that is asked again and again reads all of a long journal."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from app.core.job import State
+from app.engine.ports import DomainEvent, EventFilter, JobFilter
+from app.journal import journal as module
+from app.journal.database import connect, connect_to_read
+from app.journal.journal import SqliteJournal
+
+from .support import DAY, ended, make_job, queued, run
+
+Ask = Callable[[SqliteJournal], Awaitable[object]]
+
+ASKED: dict[str, Ask] = {
+    "a job": lambda journal: journal.job("bj-1"),
+    "unfinished jobs": lambda journal: journal.unfinished(),
+    "jobs of a domain": lambda journal: journal.jobs(JobFilter(domain="web1")),
+    "jobs of a disk": lambda journal: journal.jobs(JobFilter(domain="web1", disk="vda")),
+    "jobs on disks of that name": lambda journal: journal.jobs(JobFilter(disk="vdz")),
+    "jobs in a state": lambda journal: journal.jobs(JobFilter(state=State.LOST)),
+    "jobs of a domain in a state": lambda journal: journal.jobs(JobFilter(domain="web1", state=State.FAILED)),
+    "active jobs": lambda journal: journal.jobs(JobFilter(active=True)),
+    "active jobs of a domain": lambda journal: journal.jobs(JobFilter(active=True, domain="web1")),
+    "a page far down": lambda journal: journal.jobs(JobFilter(before=1_000)),
+    "modified chains": lambda journal: journal.modified_chains("web1", "vda"),
+    "events from an id on": lambda journal: journal.events(EventFilter(), after=7, limit=100),
+    "events of a job": lambda journal: journal.events(EventFilter(job_id="bj-1"), after=0, limit=100),
+    "events of a domain": lambda journal: journal.events(EventFilter(domain="web1"), after=7, limit=100),
+    "bounds": lambda journal: journal.event_bounds(),
+    "what is to be pruned": lambda journal: journal.prune(DAY),
+}
+
+
+def statements(state_dir: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) -> list[str]:
+    """The statements that SQLite is given for a question, with their values in them."""
+    said: list[str] = []
+
+    def writing(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.set_trace_callback(said.append)
+        return connection
+
+    def reading(path: Path) -> sqlite3.Connection:
+        connection = connect_to_read(path)
+        connection.set_trace_callback(said.append)
+        return connection
+
+    monkeypatch.setattr(module, "connect", writing)
+    monkeypatch.setattr(module, "connect_to_read", reading)
+
+    async def story(journal: SqliteJournal) -> None:
+        said.clear()
+        await ask(journal)
+
+    run(state_dir, story)
+    return [text for text in said if text.startswith(("SELECT", "DELETE"))]
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_it_is_answered_from_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask) -> None:
+    """SQLite's own plan for each statement, on a journal with something in it."""
+
+    async def fill(journal: SqliteJournal) -> None:
+        job = make_job()
+        await journal.add_job([*queued(job), ended(job, at=2 * DAY, state=State.FAILED)])
+        await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")
+
+    run(tmp_path, fill)
+    asked = statements(tmp_path, monkeypatch, ask)
+    assert asked
+    with closing(connect(tmp_path)) as connection:
+        for text in asked:
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}")]
+            # A partial index holds but what is asked for; all of it may be read.
+            scans = [step for step in plan if step.startswith("SCAN") and "USING INDEX jobs_active" not in step]
+            assert scans == [], (text, plan)
+            # To sort is to read all that was found before the first page.
+            assert not any("TEMP B-TREE" in step for step in plan), (text, plan)
