@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from app.core.hooks import Provider
+
 PREFIX: Final = "BLOCKJOBD_"
 
 UNIX_PATH_MAX: Final = 107
@@ -62,6 +64,40 @@ def _paths(value: object) -> object:
 Folder = Annotated[Path, AfterValidator(Path.absolute)]
 
 
+def _hooks(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _pointers(value: dict[str, object]) -> dict[str, object]:
+    for pointer, expected in value.items():
+        if not pointer.startswith("/"):
+            raise ValueError(f"expected JSON Pointers such as /action, not {pointer}")
+        if not isinstance(expected, str | int | float | bool):
+            raise ValueError(f"{pointer}: expected a string, a number, true or false")  # noqa: TRY004 - pydantic's way
+    return value
+
+
+class Hook(BaseModel):
+    """What a webhook of a CI pipeline starts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provider: Provider
+    secret_file: Folder
+    event: str
+    """The provider's name of the event: `workflow_run`, `Pipeline Hook`, or the `type` in the payload."""
+    match: Annotated[dict[str, object], AfterValidator(_pointers)] = Field(default_factory=dict[str, object])
+    """JSON Pointers into the payload, and what they have to lead to."""
+    domain: str
+    disk: str
+    verb: Literal["commit"] = "commit"
+    body: dict[str, object] = Field(default_factory=dict[str, object])
+    """As in the request that it stands for."""
+
+
+HookName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
 class Settings(BaseModel):
     """Everything that can be set. A path that is relative is meant from the working directory."""
 
@@ -79,6 +115,8 @@ class Settings(BaseModel):
     qmp_timeout: float = Field(default=10, gt=0, allow_inf_nan=False)
     """Seconds."""
     log_format: Literal["text", "json"]
+    hooks: Annotated[dict[HookName, Hook], BeforeValidator(_hooks)] = Field(default_factory=dict[str, Hook])
+    """Webhooks that are taken at `/hooks/NAME`; in the environment a JSON object."""
 
 
 def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
@@ -126,7 +164,9 @@ def _read(config: Path) -> dict[str, Any]:
 def _line(item: Any, origins: Mapping[str, str]) -> str:
     key, *rest = (str(part) for part in item["loc"])
     origin = origins.get(key, "defaults")
-    name = origin if origin.startswith(PREFIX) else f"{origin}: {'.'.join((key, *rest))}"
+    name = ".".join((origin, *rest)) if origin.startswith(PREFIX) else f"{origin}: {'.'.join((key, *rest))}"
+    if item["type"] == "extra_forbidden" and rest:
+        return f"{name}: there is no such setting"
     if item["type"] == "extra_forbidden":
         return f"{name}: there is no setting {key!r}; there are {', '.join(Settings.model_fields)}"
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -14,6 +14,7 @@ import uvloop
 from fastapi import FastAPI
 
 from app.api.app import create_app, openapi_json
+from app.api.hooks import prepared
 from app.api.schemas import JsonRender
 from app.api.server import Server
 from app.core.reconcile import JOB_PREFIX
@@ -75,9 +76,10 @@ async def running(
 
     `render` and `dress` are for builds that look at, or end, what goes through the ports: `dress` may put other ones
     in place of a host's before anything uses them. Raises `StateDirInUse` where another service has the state
-    directory.
+    directory, and `SettingsError` where a hook can't be served.
     """
     clock, render = SystemClock(), render or JsonRender()
+    hooks = {name: prepared(name, hook) for name, hook in settings.hooks.items()}
     with ExitStack() as stack:
         stack.enter_context(locked(settings.state_dir))
         journal = SqliteJournal.open(settings.state_dir, render, clock)
@@ -102,7 +104,8 @@ async def running(
         service = Service(host, supervisor)
         await supervisor.start()
         try:
-            yield Application(api=create_app(service, tokens.find, version=version("blockjobd")), hub=hub)
+            api = create_app(service, tokens.find, version=version("blockjobd"), clock=clock, taken=hooks)
+            yield Application(api=api, hub=hub)
         finally:
             hub.close()
             await supervisor.stop()

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from app.api import disks, docs, domains, events, health, jobs
+from app.api import disks, docs, domains, events, health, hooks, jobs
 from app.api.auth import FindToken
 from app.api.docs import openapi_json
 from app.api.metrics import Metrics
 from app.api.observe import Observed
 from app.api.problems import HANDLERS
+from app.engine.ports import Clock
 from app.engine.service import Service
 
 __all__ = ["create_app", "openapi_json"]
 
 ABOUT: Final = """Merges the disk layers of running QEMU virtual machines. Every request takes a bearer token, but for \
-`/livez` and `/readyz`; every error is a problem document."""
+`/livez`, `/readyz` and `/hooks/{name}`; every error is a problem document."""
 
 
-def create_app(service: Service | None, find_token: FindToken, *, version: str) -> FastAPI:
+def create_app(
+    service: Service | None,
+    find_token: FindToken,
+    *,
+    version: str,
+    clock: Clock | None = None,
+    taken: Mapping[str, hooks.Taken] | None = None,
+) -> FastAPI:
     """The application that serves the use cases of `service` to the holders of tokens.
 
     Without a service it serves no requests and is good for its OpenAPI document only.
@@ -41,7 +50,10 @@ def create_app(service: Service | None, find_token: FindToken, *, version: str) 
     app.state.service = service
     app.state.find_token = find_token
     app.state.metrics = metrics
-    for module in (domains, disks, jobs, events, health, docs):
+    app.state.clock = clock
+    app.state.hooks = taken or {}
+    for module in (jobs, domains, disks, events, health, docs):
         app.include_router(module.router)
+    app.include_router(hooks.router)
     app.include_router(health.free)
     return app

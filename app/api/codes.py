@@ -33,6 +33,16 @@ KINDS: Final[Mapping[Code, Kind]] = {
     ),
     Code.NOT_FOUND: Kind(404, "No such route", None, "Compare the path with `/openapi.json`."),
     Code.METHOD_NOT_ALLOWED: Kind(405, "Method not allowed", None, "Use a method of the `Allow` header."),
+    Code.IDEMPOTENCY_KEY_REUSED: Kind(
+        422, "Idempotency key reused", None, "Choose a new key for each new request, and the old one to repeat it."
+    ),
+    Code.IDEMPOTENCY_IN_PROGRESS: Kind(
+        409, "Request is still being answered", None, "Send the same request again after `Retry-After` seconds."
+    ),
+    Code.HOOK_NOT_FOUND: Kind(404, "No such hook", None, "Compare the name with `[hooks.NAME]` in the configuration."),
+    Code.SIGNATURE_INVALID: Kind(
+        401, "Signature invalid", None, "Give sender and service the same secret, and let their clocks agree."
+    ),
     Code.PAYLOAD_TOO_LARGE: Kind(413, "Payload too large", None, "Send a body of at most 1 MiB."),
     Code.TOO_MANY_REQUESTS: Kind(
         429, "Too many requests", None, "Close streams that are not needed, or come back later."
@@ -169,7 +179,7 @@ KINDS: Final[Mapping[Code, Kind]] = {
         502, "Outcome unknown", None, "Compare the disk's chain with the job's; `detail` says what is known."
     ),
 }
-"""Every code, with what the contract says of it. The last five are only ever the `error` of a job."""
+"""Every code, with what the contract says of it. The last four are only ever the `error` of a job."""
 
 NOT_READY: Final = "not-ready"
 """The code of a failing `/readyz`, the one answer that stands for no refused request."""
@@ -208,7 +218,7 @@ def problems_page() -> str:
     lines += [
         f"| `{NOT_READY}` | 503 | Not ready | | Only from `/readyz`: `checks` names what fails, and why. |",
         "",
-        "`chain-changed`, `domain-gone`, `job-vanished`, `not-merged` and `outcome-unknown` are found as the `error`",
+        "`domain-gone`, `job-vanished`, `not-merged` and `outcome-unknown` are found as the `error`",
         "of a job; the request for such a job is answered with 200, as the request itself did not fail.",
     ]
     return "\n".join(lines) + "\n"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from app.api.auth import Guarded, Operator, Reader
 from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.jobs import job_response
+from app.api.once import IdempotencyKey, IfMatch, digests, once_key, served_once
+from app.api.problems import path_of
 from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
 from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
 from app.core.errors import Code, Problem, Refused
@@ -26,6 +29,9 @@ COMMIT = (
     Code.DOMAIN_MANAGED_ELSEWHERE,
     Code.NOT_SUPPORTED,
     Code.DISK_EMPTY,
+    Code.CHAIN_CHANGED,
+    Code.IDEMPOTENCY_KEY_REUSED,
+    Code.IDEMPOTENCY_IN_PROGRESS,
     Code.JOB_CONFLICT,
     Code.TOP_NOT_FOUND,
     Code.BASE_NOT_FOUND,
@@ -64,17 +70,29 @@ async def commit_blocks(
     who: Operator,
     use: UseCases,
     *,
+    http: Request,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
     dry_run: Annotated[bool, Query(description="change nothing, and answer with the plan")] = False,
 ) -> Response:
     """Merge the layers from `top` down to the one above `base` into `base`, while the guest runs."""
     request = commit_request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise Refused(request)
+    request = replace(request, digests=digests(if_match))
     if dry_run:
         plan = plan_out(await use.plan_commit(domain, disk, request))
         return Response(plan.model_dump_json(), media_type="application/json")
-    job = await use.commit(domain, disk, request, who=who.name)
-    return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
+    key = None
+    if idempotency_key is not None:
+        asked = {"domain": domain, "disk": disk, "if_match": if_match, "body": body.model_dump(mode="json")}
+        key = once_key(idempotency_key, who=who.name, request=asked)
+
+    async def serve() -> Response:
+        job = await use.commit(domain, disk, request, who=who.name, key=key)
+        return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
+
+    return await serve() if key is None else await served_once(use, key, path_of(http), serve)
 
 
 @router.get("/domains/{domain}/disks/{disk:path}", operation_id="getDisk", responses=refusals(*READS, *DISK))

@@ -70,6 +70,8 @@ def problem_response(
     sent = dict(headers or {})
     if problem.code is Code.UNAUTHENTICATED:
         sent["WWW-Authenticate"] = "Bearer"
+    if problem.code is Code.IDEMPOTENCY_IN_PROGRESS:
+        sent["Retry-After"] = "1"
     return Response(document.model_dump_json(), status_code=document.status, headers=sent, media_type=MEDIA_TYPE)
 
 

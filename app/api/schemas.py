@@ -28,6 +28,12 @@ class Out(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class IgnoredOut(Out):
+    """A delivery that starts nothing."""
+
+    ignored: str = Field(description="why it is not meant")
+
+
 class QemuOut(Out):
     """The QEMU behind a monitor."""
 

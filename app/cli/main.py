@@ -44,6 +44,9 @@ cli = typer.Typer(
 token = typer.Typer(help="API tokens of the service on this host.", rich_markup_mode=None)
 cli.add_typer(token, name="token")
 
+hooks = typer.Typer(help="Webhooks that CI pipelines send.", rich_markup_mode=None)
+cli.add_typer(hooks, name="hooks")
+
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings; the environment wins over it.")
 ]
@@ -140,6 +143,36 @@ def revoke(name: Annotated[str, typer.Argument(metavar="NAME")], config: Config 
         tokens.revoke(name)
 
 
+@hooks.command("test")
+def try_hook(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The hook, as in [hooks.NAME].")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The delivery's body, byte for byte.")],
+    *,
+    header: Annotated[
+        list[str] | None,
+        typer.Option("--header", "-H", metavar="'NAME: VALUE'", help="A header of the delivery; may be repeated."),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Say what a stored delivery would do; nothing is started. Exits with 1 where it would start nothing.
+
+    The signature is looked at if its headers are given; the event counts as the right one unless its header is given.
+    """
+    settings = _settings(config)
+
+    from app.cli.hooks import judge  # noqa: PLC0415
+    from app.settings import SettingsError  # noqa: PLC0415
+
+    try:
+        lines, starts = judge(settings, name, file.read_bytes(), header or [])
+    except SettingsError as error:
+        raise Failure(str(error), USAGE) from error
+    except OSError as error:
+        raise Failure(f"{file}: {error.strerror}", USAGE) from error
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if starts else 1)
+
+
 def _settings(config: Path | None) -> Settings:
     from app.settings import SettingsError, load  # noqa: PLC0415
 
@@ -167,11 +200,14 @@ def _plain_errors(listen: str = "") -> Generator[None]:
     from app.journal.database import JournalUnusable  # noqa: PLC0415
     from app.journal.lock import StateDirInUse  # noqa: PLC0415
     from app.journal.tokens import TokenError  # noqa: PLC0415
+    from app.settings import SettingsError  # noqa: PLC0415
 
     try:
         yield
     except (JournalFull, JournalUnusable, StateDirInUse, TokenError) as error:
         raise Failure(str(error)) from error
+    except SettingsError as error:
+        raise Failure(str(error), USAGE) from error
     except OSError as error:
         # Without a file it is the address that can't be listened on.
         raise Failure(f"{error.filename or listen}: {error.strerror or error}") from error

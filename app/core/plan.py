@@ -34,6 +34,8 @@ class CommitRequest:
     on_ready: OnReady = OnReady.WAIT
     on_error: OnError = OnError.REPORT
     backing_file: str | None = None
+    digests: frozenset[str] | None = None
+    """The chain has to have one of these digests; None: whatever it is."""
 
 
 def commit_request(
@@ -126,6 +128,12 @@ def _find_layers(
     layers = disk.layers
     if not layers:
         return Problem(code=Code.DISK_EMPTY, detail=f"the disk {disk.name} has no medium")
+    if request.digests is not None and disk.digest not in request.digests:
+        return Problem(
+            code=Code.CHAIN_CHANGED,
+            detail=f"the chain of {disk.name} has the digest {disk.digest}, not that of If-Match; read the disk again",
+            extra={"digest": disk.digest},
+        )
     job = conflict or next(iter(disk.running_jobs), None)
     if job is not None:
         return Problem(

@@ -27,7 +27,7 @@ from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.jobs import Jobs
 from app.engine.link import Change, Link
-from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, Registration
+from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, OnceKey, Registration
 from app.engine.views import DiskView, DomainState, DomainView
 
 log = structlog.get_logger(__name__)
@@ -317,12 +317,12 @@ class Actor:
                 )
             )
 
-    async def commit(self, name: str, request: CommitRequest, who: str) -> Job:
+    async def commit(self, name: str, request: CommitRequest, who: str, key: OnceKey | None = None) -> Job:
         """Plan a commit, store its job, and start it if it has a place. Raises `Refused`, also with QEMU's refusal."""
         plan = await self.plan(name, request, exact=False)
         job = plan.job(id_=self._host.new_id(), domain=self.id, requested_by=who, now=self._host.clock.now())
         try:
-            job = await self._jobs.add(job)
+            job = await self._jobs.add(job, key)
         except JobConflict as conflict:
             raise Refused(
                 Problem(
@@ -331,8 +331,9 @@ class Actor:
                     extra={"job": conflict.job_id},
                 )
             ) from None
-        if job.state is State.FAILED and job.error is not None:
-            raise Refused(replace(job.error, extra={**job.error.extra, "job": job.id}))
+        refused = refusal_of(job)
+        if refused is not None:
+            raise Refused(refused)
         return job
 
     async def steer(self, job_id: str, event: Event) -> tuple[Job, bool]:
@@ -354,6 +355,13 @@ class Actor:
                 )
         after = await self._jobs.advance(job, event)
         return after, after.version != job.version
+
+
+def refusal_of(job: Job) -> Problem | None:
+    """How the request for a job is refused that QEMU did not even start; None for any other job."""
+    if job.state is not State.FAILED or job.error is None or job.started_at is not None:
+        return None
+    return replace(job.error, extra={**job.error.extra, "job": job.id})
 
 
 def _fail(request: _Request, error: Exception) -> None:

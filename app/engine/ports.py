@@ -317,6 +317,25 @@ class JobConflict(Exception):
         self.job_id = job_id
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnceKey:
+    """A request's Idempotency-Key: a client's (`who` is the name of its token), and the digest of what it asks for."""
+
+    who: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a request under a key has led to. Without an answer the service ended before there was one."""
+
+    fingerprint: str
+    job_id: str
+    status: int | None
+    body: str | None
+
+
 class Journal(Protocol):
     """What is kept over restarts. Each write is one transaction, and durable when the call returns.
 
@@ -331,8 +350,19 @@ class Journal(Protocol):
         """
         ...
 
-    async def add_job(self, told: Sequence[Told]) -> None:
-        """Store a new job, version by version; raises `JobConflict` where the disk has an unfinished one."""
+    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None) -> None:
+        """Store a new job, version by version, and the key of the request that asked for it.
+
+        Raises `JobConflict` where the disk has an unfinished one.
+        """
+        ...
+
+    async def kept(self, key: OnceKey, *, since: int) -> Kept | None:
+        """What a key of that name led to, if it was stored at `since` (ms since 1970) or later."""
+        ...
+
+    async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
+        """Store the answer to the request that a key came with."""
         ...
 
     async def store(self, told: Sequence[Told]) -> None:

@@ -13,7 +13,8 @@ from app.core.job import Job, State
 from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
 from app.engine.host import Host
-from app.engine.ports import EventFilter, JobFilter, Registration, StoredEvent
+from app.engine.once import Once
+from app.engine.ports import EventFilter, JobFilter, OnceKey, Registration, StoredEvent
 from app.engine.recovery import Recovery
 from app.engine.supervisor import Supervisor
 from app.engine.views import DiskView, DomainView
@@ -35,6 +36,7 @@ class Service:
 
     def __init__(self, host: Host, supervisor: Supervisor) -> None:
         self.hub = host.hub
+        self.once = Once(host.journal, host.clock)
         self._host = host
         self._supervisor = supervisor
 
@@ -74,10 +76,12 @@ class Service:
         actor = self._supervisor.find(domain)
         return await actor.call(lambda: actor.plan(disk, request, exact=True))
 
-    async def commit(self, domain: str, disk: str, request: CommitRequest, *, who: str) -> Job:
-        """Start a commit; `who` is the name of the caller's token."""
+    async def commit(
+        self, domain: str, disk: str, request: CommitRequest, *, who: str, key: OnceKey | None = None
+    ) -> Job:
+        """Start a commit; `who` is the name of the caller's token, `key` is stored with the job."""
         actor = self._supervisor.find(domain)
-        return await actor.call(lambda: actor.commit(disk, request, who))
+        return await actor.call(lambda: actor.commit(disk, request, who, key))
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 from app.core.job import Job, State
 from app.core.moves import Told
+from app.engine.once import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
 from app.engine.ports import (
     Clock,
     DomainEvent,
@@ -26,6 +27,8 @@ from app.engine.ports import (
     JobConflict,
     JobFilter,
     JournalFull,
+    Kept,
+    OnceKey,
     Registration,
     StoredEvent,
 )
@@ -98,8 +101,11 @@ class SqliteJournal:
 
     # Writes -------------------------------------------------------------------------------------------------------
 
-    async def add_job(self, told: Sequence[Told]) -> None:
-        """Store a new job, version by version; raises `JobConflict` where the disk has an unfinished one."""
+    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None) -> None:
+        """Store a new job, version by version, and the key of the request that asked for it.
+
+        Raises `JobConflict` where the disk has an unfinished one.
+        """
         first = told[0]
 
         def add(connection: sqlite3.Connection, events: list[StoredEvent]) -> None:
@@ -115,8 +121,24 @@ class SqliteJournal:
                 raise JobConflict(row[0]) from error
             self._tell(connection, first, events)
             self._update(connection, told[1:], events)
+            if key is not None:
+                # In place of one that is too old to be found.
+                connection.execute(
+                    "INSERT OR REPLACE INTO idempotency_keys (who, key, fingerprint, job_id, created_at)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (key.who, key.key, key.fingerprint, first.job.id, self._clock.now()),
+                )
 
         await self._write(add)
+
+    async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
+        """Store the answer to the request that a key came with; the first one stays."""
+        await self._write(
+            lambda connection, _events: connection.execute(
+                "UPDATE idempotency_keys SET status = ?, body = ? WHERE who = ? AND key = ? AND status IS NULL",
+                (status, body, key.who, key.key),
+            )
+        )
 
     async def store(self, told: Sequence[Told]) -> None:
         """Store versions of one job, in order, each with its event if it has one.
@@ -150,8 +172,14 @@ class SqliteJournal:
         """Delete what is from before that time (ms since 1970): jobs that ended, with their events; events of domains.
 
         An event of a job goes with its job, so events that are older than the last pruned one may be left.
-        Done in many short transactions, between which others write.
+        A job stays as long as the key of its request. Done in many short transactions, between which others write.
         """
+        await self._write(
+            lambda connection, _events: connection.execute(
+                "DELETE FROM idempotency_keys WHERE created_at < ? AND (created_at < ? OR substr(who, 1, 5) <> ?)",
+                (self._clock.now() - KEPT_FOR, self._clock.now() - DELIVERY_KEPT_FOR, HOOK),
+            )
+        )
         while await self._write(
             lambda connection, _events: (
                 connection.execute(
@@ -167,6 +195,7 @@ class SqliteJournal:
                 connection.execute(
                     "DELETE FROM jobs WHERE seq IN"
                     " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ?"
+                    " AND NOT EXISTS (SELECT 1 FROM idempotency_keys WHERE job_id = jobs.id)"
                     " ORDER BY finished_at LIMIT ?)",
                     (before, PRUNED_JOBS),
                 ).rowcount
@@ -204,6 +233,17 @@ class SqliteJournal:
             if len(kept) > KEPT_JOBS:
                 kept.popitem(last=False)
         return job
+
+    async def kept(self, key: OnceKey, *, since: int) -> Kept | None:
+        """What a key of that name led to, if it was stored at `since` or later."""
+        rows = await self._read(
+            "SELECT fingerprint, job_id, status, body FROM idempotency_keys"
+            " WHERE who = :who AND key = :key AND created_at >= :since",
+            {"who": key.who, "key": key.key, "since": since},
+        )
+        for fingerprint, job_id, status, body in rows:
+            return Kept(fingerprint=fingerprint, job_id=job_id, status=status, body=body)
+        return None
 
     async def unfinished(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""

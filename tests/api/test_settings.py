@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "retention_days": 30,
         "qmp_timeout": 10,
         "log_format": "json",
+        "hooks": {},
     }
 
 

@@ -12,7 +12,7 @@ from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.flags import CommitFlag
 from app.core.job import JobType, NotDeleted, OnError, OnReady, State
-from app.core.plan import CommitRequest, Facts, Plan, choose_layers, commit_request, plan_commit
+from app.core.plan import CommitRequest, Facts, Plan, Selection, choose_layers, commit_request, plan_commit
 from tests.core.samples import FILES, GIB, LAYERS, NODES, disk, plan, refusal, request, selection, with_layer
 
 EMPTY = Disk(name="vda")
@@ -219,6 +219,16 @@ def test_a_conflict_names_the_job() -> None:
     problem = refusal(choose_layers(on, asked))
     assert problem.extra == {"job": "backup0"}
     assert "backup0" in problem.detail
+
+
+def test_a_chain_that_was_not_meant_is_refused() -> None:
+    """One of the digests has to be the chain's; a refusal names the one that it has."""
+    on = disk()
+    asked = request(flags=["active"])
+    assert isinstance(choose_layers(on, replace(asked, digests=frozenset({"x", on.digest}))), Selection)
+    problem = refusal(choose_layers(on, replace(asked, digests=frozenset({"x"})), conflict="bj-9"))
+    assert (problem.code, problem.extra) == (Code.CHAIN_CHANGED, {"digest": on.digest})
+    assert refusal(choose_layers(on, replace(request(), digests=frozenset()))).code is Code.CHAIN_CHANGED
 
 
 def test_a_layer_that_is_not_found_comes_with_those_that_are() -> None:

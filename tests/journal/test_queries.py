@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from app.core.job import State
-from app.engine.ports import DomainEvent, EventFilter, JobFilter
+from app.engine.ports import DomainEvent, EventFilter, JobFilter, OnceKey
 from app.journal import journal as module
 from app.journal.database import connect, connect_to_read
 from app.journal.journal import SqliteJournal
 
 from .support import DAY, ended, make_job, queued, run
+
+KEY = OnceKey(who="ci", key="k", fingerprint="f")
 
 Ask = Callable[[SqliteJournal], Awaitable[object]]
 
@@ -34,6 +36,7 @@ ASKED: dict[str, Ask] = {
     "events from an id on": lambda journal: journal.events(EventFilter(), after=7, limit=100),
     "events of a job": lambda journal: journal.events(EventFilter(job_id="bj-1"), after=0, limit=100),
     "events of a domain": lambda journal: journal.events(EventFilter(domain="web1"), after=7, limit=100),
+    "a key": lambda journal: journal.kept(KEY, since=0),
     "bounds": lambda journal: journal.event_bounds(),
     "what is to be pruned": lambda journal: journal.prune(DAY),
 }
@@ -70,7 +73,7 @@ def test_it_is_answered_from_an_index(tmp_path: Path, monkeypatch: pytest.Monkey
 
     async def fill(journal: SqliteJournal) -> None:
         job = make_job()
-        await journal.add_job([*queued(job), ended(job, at=2 * DAY, state=State.FAILED)])
+        await journal.add_job([*queued(job), ended(job, at=2 * DAY, state=State.FAILED)], KEY)
         await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")
 
     run(tmp_path, fill)

@@ -1,0 +1,137 @@
+"""Webhooks that CI pipelines send: whose they are, and the commit that they start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, cast
+
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from app.api.auth import BODY_MAX
+from app.api.bodies import CommitIn
+from app.api.codes import refusals
+from app.api.disks import COMMIT
+from app.api.jobs import job_response
+from app.api.once import once_key, served_once
+from app.api.problems import invalid_parameter, path_of
+from app.api.requests import UseCases
+from app.api.schemas import IgnoredOut, JobOut
+from app.core.errors import Code, Problem, Refused, invalid
+from app.core.hooks import Delivery, Provider, delivery_id, mismatch, signature_error
+from app.core.plan import CommitRequest, commit_request
+from app.engine.once import HOOK
+from app.engine.ports import Clock
+from app.settings import Hook, SettingsError
+
+router = APIRouter(tags=["hooks"])
+"""Takes no token: a delivery is signed."""
+
+HEADER: Final = {
+    Provider.GITHUB: "X-GitHub-Delivery",
+    Provider.GITLAB: "Idempotency-Key",
+    Provider.STANDARD: "webhook-id",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A hook with its secret and the request that it stands for, all of it checked."""
+
+    name: str
+    hook: Hook
+    secret: str
+    request: CommitRequest
+
+    def verdict(self, delivery: Delivery) -> str | None:
+        """None if the delivery starts the commit, else why not; raises `Refused` where it is no JSON."""
+        return mismatch(self.hook.provider, self.hook.event, self.hook.match, delivery.headers, _payload(delivery.body))
+
+
+def prepared(name: str, hook: Hook) -> Taken:
+    """A hook that can be served; raises `SettingsError`."""
+    try:
+        secret = hook.secret_file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"hooks.{name}.secret_file: {error}") from error
+    if not secret:
+        raise SettingsError(f"hooks.{name}.secret_file: {hook.secret_file} is empty")
+    try:
+        body = CommitIn.model_validate(hook.body)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise SettingsError(f"hooks.{name}.body.{where}: {wrong['msg']}") from error
+    request = commit_request(**body.model_dump(exclude={"callback"}))
+    if isinstance(request, Problem):
+        raise SettingsError(f"hooks.{name}.body: {request.detail}")
+    return Taken(name, hook, secret, request)
+
+
+def _payload(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(invalid("", f"not JSON: {error}")) from error
+
+
+async def _delivery(http: Request) -> Delivery:
+    body = b""
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > BODY_MAX:
+            raise HTTPException(413, f"the body is larger than {BODY_MAX} bytes")
+    return Delivery({name.lower(): value for name, value in http.headers.items()}, body)
+
+
+@router.post(
+    "/hooks/{name}",
+    operation_id="takeDelivery",
+    status_code=202,
+    response_model=JobOut,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "description": "the provider's payload, signed in its headers",
+            "content": {"application/json": {"schema": {}}},
+        }
+    },
+    responses={
+        200: {"model": IgnoredOut, "description": "A delivery that is not meant"},
+        **refusals(Code.SIGNATURE_INVALID, Code.HOOK_NOT_FOUND, *COMMIT),
+    },
+)
+async def take_delivery(
+    name: Annotated[str, Path(description="the hook's name in the configuration")], http: Request, use: UseCases
+) -> Response:
+    """Start what the hook is configured for. A delivery that comes again gets the first answer."""
+    taken = cast("Mapping[str, Taken]", http.app.state.hooks).get(name)
+    if taken is None:
+        raise Refused(
+            Problem(code=Code.HOOK_NOT_FOUND, detail=f"no hook is called {name!r}; hooks stand in the configuration")
+        )
+    delivery = await _delivery(http)
+    now = cast(Clock, http.app.state.clock).now() / 1000
+    error = signature_error(taken.hook.provider, taken.secret, delivery, now)
+    if error is not None:
+        raise Refused(Problem(code=Code.SIGNATURE_INVALID, detail=error))
+    if delivery.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(invalid("", "expected JSON with the header `Content-Type: application/json`"))
+    reason = taken.verdict(delivery)
+    if reason is not None:
+        return Response(IgnoredOut(ignored=reason).model_dump_json(), media_type="application/json")
+    id_ = delivery_id(taken.hook.provider, delivery.headers)
+    if id_ is None:
+        missing = f"expected the delivery's id in the header {HEADER[taken.hook.provider]}"
+        raise Refused(invalid_parameter(HEADER[taken.hook.provider], missing))
+    who = HOOK + name
+    key = once_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
+
+    async def serve() -> Response:
+        job = await use.commit(taken.hook.domain, taken.hook.disk, taken.request, who=who, key=key)
+        return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
+
+    return await served_once(use, key, path_of(http), serve)
