@@ -35,8 +35,11 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp(prefix="bjb-", dir=asked.folder))
         try:
             section: Section = importlib.import_module(f"bench.{name}").run(Stage(folder, asked.short))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            # The log of the service in there says why.
+            print(f"{name} failed; what it has left is in {folder}", file=sys.stderr)
+            raise
+        shutil.rmtree(folder)
         sections.append(section)
         print(markdown(section), f"\n({time.monotonic() - started:.0f} s)\n", sep="", flush=True)
     if not asked.short:
