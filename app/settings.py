@@ -8,10 +8,11 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from app.core.hooks import Provider
 
@@ -60,6 +61,20 @@ def _paths(value: object) -> object:
         return json.loads(value) if value.lstrip().startswith("[") else [part for part in value.split(":") if part]
     return value
 
+
+def _networks(value: object) -> object:
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("[") else [part.strip() for part in value.split(",")]
+    return value
+
+
+def _network(value: object) -> IPv4Network | IPv6Network:
+    if not isinstance(value, str):
+        raise ValueError("expected a network such as 10.0.0.0/8")  # noqa: TRY004 - pydantic's way
+    return ip_network(value)
+
+
+Network = Annotated[IPv4Network | IPv6Network, PlainValidator(_network)]
 
 Folder = Annotated[Path, AfterValidator(Path.absolute)]
 
@@ -115,6 +130,8 @@ class Settings(BaseModel):
     qmp_timeout: float = Field(default=10, gt=0, allow_inf_nan=False)
     """Seconds."""
     log_format: Literal["text", "json"]
+    webhook_allow: Annotated[tuple[Network, ...], BeforeValidator(_networks)] = ()
+    """Networks that outgoing webhooks may reach besides public ones."""
     hooks: Annotated[dict[HookName, Hook], BeforeValidator(_hooks)] = Field(default_factory=dict[str, Hook])
     """Webhooks that are taken at `/hooks/NAME`; in the environment a JSON object."""
 

@@ -5,34 +5,40 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from random import SystemRandom
 
 import uvloop
 from fastapi import FastAPI
 
 from app.api.app import create_app, openapi_json
 from app.api.hooks import prepared
-from app.api.schemas import JsonRender
+from app.api.render import JsonRender
 from app.api.server import Server
 from app.core.reconcile import JOB_PREFIX
+from app.core.webhooks import SCHEDULE, new_secret
 from app.engine.budget import Budget
 from app.engine.host import Host
 from app.engine.hub import Hub
+from app.engine.postman import Postman
 from app.engine.recovery import Recovery
 from app.engine.service import Service
 from app.engine.supervisor import Supervisor
 from app.engine.views import Render
+from app.engine.webhooks import Webhooks
 from app.journal.journal import SqliteJournal
 from app.journal.lock import locked
+from app.journal.outbox import SqliteOutbox
 from app.journal.tokens import Tokens
 from app.logs import configure
 from app.qemu.discovery import Discovery
 from app.qemu.images import LocalImages
 from app.qemu.monitor import QmpConnector
 from app.settings import Settings
+from app.webhooks.sender import HttpSender
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32, as ULIDs use it: no letters that look like digits."""
@@ -52,8 +58,22 @@ class SystemClock:
 
 def new_job_id() -> str:
     """A ULID behind our prefix: sorts by time, needs no coordination, and is a well-formed QEMU job id."""
+    return JOB_PREFIX + _ulid()
+
+
+def new_webhook_id() -> str:
+    """Likewise, for a webhook."""
+    return "wh-" + _ulid()
+
+
+def new_webhook_secret() -> str:
+    """256 random bits, as the Standard Webhooks specification writes them."""
+    return new_secret(secrets.token_bytes(32))
+
+
+def _ulid() -> str:
     value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    return JOB_PREFIX + "".join(ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+    return "".join(ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +90,17 @@ def _as_it_is(_host: Host) -> None:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, *, render: Render | None = None, dress: Callable[[Host], None] = _as_it_is
+    settings: Settings,
+    *,
+    render: Render | None = None,
+    dress: Callable[[Host], None] = _as_it_is,
+    schedule: Sequence[int] = SCHEDULE,
 ) -> AsyncGenerator[Application]:
     """The service with everything behind it, for as long as the block lasts.
 
     `render` and `dress` are for builds that look at, or end, what goes through the ports: `dress` may put other ones
-    in place of a host's before anything uses them. Raises `StateDirInUse` where another service has the state
-    directory, and `SettingsError` where a hook can't be served.
+    in place of a host's before anything uses them. `schedule` is when webhooks are tried again. Raises `StateDirInUse`
+    where another service has the state directory, and `SettingsError` where a hook can't be served.
     """
     clock, render = SystemClock(), render or JsonRender()
     hooks = {name: prepared(name, hook) for name, hook in settings.hooks.items()}
@@ -101,13 +125,33 @@ async def running(
         dress(host)
         host.journal.listen(hub.publish)
         supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
-        service = Service(host, supervisor)
+        outbox = SqliteOutbox(journal, clock)
+        sender = HttpSender(settings.webhook_allow, f"blockjobd/{version('blockjobd')}")
+        postman = Postman(
+            outbox=outbox,
+            sender=sender,
+            clock=clock,
+            letters=JsonRender(),
+            spread=SystemRandom().random,
+            schedule=schedule,
+        )
+        webhooks = Webhooks(
+            outbox=outbox,
+            postman=postman,
+            sender=sender,
+            clock=clock,
+            new_id=new_webhook_id,
+            new_secret=new_webhook_secret,
+        )
+        service = Service(host, supervisor, webhooks)
+        await postman.start()
         await supervisor.start()
         try:
             api = create_app(service, tokens.find, version=version("blockjobd"), clock=clock, taken=hooks)
             yield Application(api=api, hub=hub)
         finally:
             hub.close()
+            await postman.stop()
             await supervisor.stop()
 
 
@@ -117,10 +161,11 @@ async def serve(
     ready: Callable[[str], None] | None = None,
     render: Render | None = None,
     dress: Callable[[Host], None] = _as_it_is,
+    schedule: Sequence[int] = SCHEDULE,
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken. The rest as in `running`."""
     os.umask(0o077)
-    async with running(settings, render=render, dress=dress) as application:
+    async with running(settings, render=render, dress=dress, schedule=schedule) as application:
         server = Server(application.api, application.hub, settings.listen, ready=ready)
         await server.serve()
 

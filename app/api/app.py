@@ -8,7 +8,7 @@ from typing import Final
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from app.api import disks, docs, domains, events, health, hooks, jobs
+from app.api import disks, docs, domains, events, health, hooks, jobs, webhooks
 from app.api.auth import FindToken
 from app.api.docs import openapi_json
 from app.api.metrics import Metrics
@@ -52,7 +52,7 @@ def create_app(
     app.state.metrics = metrics
     app.state.clock = clock
     app.state.hooks = taken or {}
-    for module in (jobs, domains, disks, events, health, docs):
+    for module in (jobs, domains, disks, events, webhooks, health, docs):
         app.include_router(module.router)
     app.include_router(hooks.router)
     app.include_router(health.free)

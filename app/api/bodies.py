@@ -19,9 +19,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from app.api.cloudevents import STORED
 from app.core.errors import Problem
 from app.core.flags import BANDWIDTH_MAX, NAMES, parse_flags
 from app.core.job import OnError, OnReady
+from app.core.webhooks import secret_error, url_error
 from app.engine.ports import Address, Registration
 from app.settings import UNIX_PATH_MAX, host_and_port
 
@@ -78,6 +80,54 @@ class In(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _secret(value: str) -> str:
+    why = secret_error(value)
+    if why is not None:
+        raise PydanticCustomError("secret", "{reason}", {"reason": why})
+    return value
+
+
+def _url(value: str) -> str:
+    why = url_error(value)
+    if why is not None:
+        raise PydanticCustomError("url", "{reason}", {"reason": why})
+    return value
+
+
+def _stored_type(value: str) -> str:
+    if value not in STORED:
+        expected = ", ".join(sorted(STORED))
+        raise PydanticCustomError("event_type", "expected some of {expected}", {"expected": expected})
+    return value
+
+
+Secret = Annotated[Text, AfterValidator(_secret)]
+Url = Annotated[Text, AfterValidator(_url), Field(description="by http or https")]
+
+
+class CallbackIn(In):
+    """A webhook for one job alone: all events of that job are sent to it."""
+
+    url: Url
+    secret: Secret | None = Field(default=None, description="signs the deliveries; `whsec_` and base 64")
+
+
+class WebhookIn(In):
+    """Where events are to be sent."""
+
+    url: Url
+    types: list[
+        Annotated[StrictStr, AfterValidator(_stored_type), Field(json_schema_extra={"enum": [*sorted(STORED)]})]
+    ] = Field(default=[], description="the types of events to send; none: all but `job.progress`")
+    secret: Secret | None = Field(default=None, description="signs the deliveries; null: one is made")
+
+
+class RotateIn(In):
+    """Another secret for a webhook."""
+
+    secret: Secret | None = Field(default=None, description="null: one is made")
+
+
 class CommitIn(In):
     """A commit: which layers are merged, and how."""
 
@@ -92,13 +142,7 @@ class CommitIn(In):
     backing_file: Text | None = Field(
         default=None, description="what the header above `top` is to say; null: chosen by the service"
     )
-    callback: None = Field(default=None, description="a webhook for this job alone; not available yet")
-
-    @field_validator("callback", mode="before")
-    @classmethod
-    def _no_callback(cls, value: object) -> None:
-        if value is not None:
-            raise PydanticCustomError("callback", "webhooks are not available yet; leave the field out")
+    callback: CallbackIn | None = Field(default=None, description="a webhook for this job alone")
 
 
 class PatchJobIn(In):

@@ -12,10 +12,13 @@ from pydantic import Field
 from app.api.schemas import Out, timestamp
 from app.core.job import EventType
 from app.engine.hub import RESET
-from app.engine.ports import DomainEvent, StoredEvent
+from app.engine.ports import WEBHOOK_DISABLED, DomainEvent, StoredEvent
 
-TYPES: Final = frozenset({*(type_.value for type_ in (*EventType, *DomainEvent)), "job.adopted", RESET})
+TYPES: Final = frozenset({*(type_.value for type_ in (*EventType, *DomainEvent)), WEBHOOK_DISABLED, RESET})
 """Every type of event."""
+
+STORED: Final = TYPES - {EventType.PROGRESS.value, RESET}
+"""Those that webhooks can be sent."""
 
 
 class EventOut(Out):
@@ -28,7 +31,7 @@ class EventOut(Out):
     subject: str | None = None
     time: str | None = None
     datacontenttype: Literal["application/json"]
-    data: dict[str, object] = Field(description="the job, or the domain")
+    data: dict[str, object] = Field(description="the job, the domain, or the webhook")
 
 
 class Events(Out):
@@ -44,6 +47,9 @@ def event_json(event: StoredEvent) -> str:
     if event.disk is not None:
         source += f"/disks/{quote(event.disk, safe='')}"
     subject = f"jobs/{event.job_id}" if event.job_id else f"domains/{event.domain}" if event.domain else None
+    if event.type == WEBHOOK_DISABLED:
+        subject = f"webhooks/{json.loads(event.data)['id']}"
+        source = f"/{subject}"
     attributes = {
         "specversion": "1.0",
         "id": None if event.id is None else str(event.id),

@@ -43,6 +43,16 @@ KINDS: Final[Mapping[Code, Kind]] = {
     Code.SIGNATURE_INVALID: Kind(
         401, "Signature invalid", None, "Give sender and service the same secret, and let their clocks agree."
     ),
+    Code.WEBHOOK_NOT_FOUND: Kind(404, "No such webhook", None, "Compare the id with `GET /webhooks`."),
+    Code.WEBHOOK_URL_REFUSED: Kind(
+        422, "Webhook URL refused", None, "Choose a public address, or have its network listed in `webhook_allow`."
+    ),
+    Code.WEBHOOK_DISABLED: Kind(
+        409, "Webhook disabled", None, "See to its receiver, then `POST /webhooks/{id}/enable`."
+    ),
+    Code.DELIVERY_NOT_FOUND: Kind(
+        404, "No such delivery", None, "Compare the id with `GET /webhooks/{id}/deliveries`."
+    ),
     Code.PAYLOAD_TOO_LARGE: Kind(413, "Payload too large", None, "Send a body of at most 1 MiB."),
     Code.TOO_MANY_REQUESTS: Kind(
         429, "Too many requests", None, "Close streams that are not needed, or come back later."

@@ -17,6 +17,8 @@ from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, 
 from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
 from app.core.errors import Code, Problem, Refused
 from app.core.plan import commit_request
+from app.engine.ports import Webhook
+from app.engine.service import Service
 
 router = APIRouter(route_class=Guarded, tags=["disks"])
 
@@ -32,6 +34,7 @@ COMMIT = (
     Code.CHAIN_CHANGED,
     Code.IDEMPOTENCY_KEY_REUSED,
     Code.IDEMPOTENCY_IN_PROGRESS,
+    Code.WEBHOOK_URL_REFUSED,
     Code.JOB_CONFLICT,
     Code.TOP_NOT_FOUND,
     Code.BASE_NOT_FOUND,
@@ -54,6 +57,13 @@ async def list_disks(domain: DomainId, _who: Reader, use: UseCases, limit: Limit
     """The disks of a domain, by target name, with their chains."""
     views, following = page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
     return Disks(items=[disk_out(view) for view in views], next=following)
+
+
+async def made_callback(use: Service, body: CommitIn, who: str) -> Webhook | None:
+    """The webhook of a job that is to be; raises `Refused` where its URL may not be sent to."""
+    if body.callback is None:
+        return None
+    return await use.webhooks.made(body.callback.url, (), body.callback.secret, who=who, pointer="/callback/url")
 
 
 @router.post(
@@ -81,6 +91,7 @@ async def commit_blocks(
         raise Refused(request)
     request = replace(request, digests=digests(if_match))
     if dry_run:
+        await made_callback(use, body, who.name)
         plan = plan_out(await use.plan_commit(domain, disk, request))
         return Response(plan.model_dump_json(), media_type="application/json")
     key = None
@@ -89,7 +100,8 @@ async def commit_blocks(
         key = once_key(idempotency_key, who=who.name, request=asked)
 
     async def serve() -> Response:
-        job = await use.commit(domain, disk, request, who=who.name, key=key)
+        callback = await made_callback(use, body, who.name)
+        job = await use.commit(domain, disk, request, who=who.name, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
     return await serve() if key is None else await served_once(use, key, path_of(http), serve)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from app.api.auth import BODY_MAX
 from app.api.bodies import CommitIn
 from app.api.codes import refusals
-from app.api.disks import COMMIT
+from app.api.disks import COMMIT, made_callback
 from app.api.jobs import job_response
 from app.api.once import once_key, served_once
 from app.api.problems import invalid_parameter, path_of
@@ -44,6 +44,7 @@ class Taken:
     name: str
     hook: Hook
     secret: str
+    body: CommitIn
     request: CommitRequest
 
     def verdict(self, delivery: Delivery) -> str | None:
@@ -68,7 +69,7 @@ def prepared(name: str, hook: Hook) -> Taken:
     request = commit_request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise SettingsError(f"hooks.{name}.body: {request.detail}")
-    return Taken(name, hook, secret, request)
+    return Taken(name, hook, secret, body, request)
 
 
 def _payload(body: bytes) -> object:
@@ -131,7 +132,8 @@ async def take_delivery(
     key = once_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
 
     async def serve() -> Response:
-        job = await use.commit(taken.hook.domain, taken.hook.disk, taken.request, who=who, key=key)
+        callback = await made_callback(use, taken.body, who)
+        job = await use.commit(taken.hook.domain, taken.hook.disk, taken.request, who=who, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
     return await served_once(use, key, path_of(http), serve)

@@ -26,20 +26,21 @@ async def _use_cases(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def _no_nul(value: str) -> str:
+def no_nul(value: str) -> str:
+    """The value, for use in an annotation; raises ValueError where no journal and no file can hold it."""
     if "\0" in value:
         raise ValueError("must not hold a NUL character")
     return value
 
 
 UseCases = Annotated[Service, Depends(_use_cases)]
-DomainId = Annotated[str, Path(description="the domain's id"), AfterValidator(_no_nul)]
+DomainId = Annotated[str, Path(description="the domain's id"), AfterValidator(no_nul)]
 DiskName = Annotated[
     str,
     Path(description="target name, qdev id, drive id, node-name, or an image's percent-encoded path"),
-    AfterValidator(_no_nul),
+    AfterValidator(no_nul),
 ]
-JobId = Annotated[str, Path(description="the job's id"), AfterValidator(_no_nul)]
+JobId = Annotated[str, Path(description="the job's id"), AfterValidator(no_nul)]
 Limit = Annotated[int, Query(ge=1, le=1000, description="how many items at most")]
 Cursor = Annotated[str | None, Query(description="`next` of the page before")]
 NumberCursor = Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="`next` of the page before")]

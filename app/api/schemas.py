@@ -384,15 +384,3 @@ def job_json(job: Job) -> str:
 def domain_json(view: DomainView) -> str:
     """The JSON text of a domain, in answers and in events alike."""
     return domain_out(view).model_dump_json()
-
-
-class JsonRender:
-    """Writes the data of events (`app.engine.views.Render`)."""
-
-    def job(self, job: Job) -> str:
-        """The JSON of a job."""
-        return job_json(job)
-
-    def domain(self, view: DomainView) -> str:
-        """The JSON of a domain."""
-        return domain_json(view)

@@ -27,7 +27,7 @@ from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.jobs import Jobs
 from app.engine.link import Change, Link
-from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, OnceKey, Registration
+from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, OnceKey, Registration, Webhook
 from app.engine.views import DiskView, DomainState, DomainView
 
 log = structlog.get_logger(__name__)
@@ -317,12 +317,14 @@ class Actor:
                 )
             )
 
-    async def commit(self, name: str, request: CommitRequest, who: str, key: OnceKey | None = None) -> Job:
+    async def commit(
+        self, name: str, request: CommitRequest, who: str, key: OnceKey | None = None, callback: Webhook | None = None
+    ) -> Job:
         """Plan a commit, store its job, and start it if it has a place. Raises `Refused`, also with QEMU's refusal."""
         plan = await self.plan(name, request, exact=False)
         job = plan.job(id_=self._host.new_id(), domain=self.id, requested_by=who, now=self._host.clock.now())
         try:
-            job = await self._jobs.add(job, key)
+            job = await self._jobs.add(job, key, None if callback is None else replace(callback, job_id=job.id))
         except JobConflict as conflict:
             raise Refused(
                 Problem(

@@ -43,7 +43,7 @@ from app.core.transitions import start_job, step
 from app.engine.disks import Disks, disk_of
 from app.engine.host import Host
 from app.engine.link import Link
-from app.engine.ports import Declined, JobConflict, JournalFull, Monitor, MonitorError, OnceKey
+from app.engine.ports import Declined, JobConflict, JournalFull, Monitor, MonitorError, OnceKey, Webhook
 
 log = structlog.get_logger(__name__)
 
@@ -116,8 +116,8 @@ class Jobs:
             if job.state is State.QUEUED:
                 self._host.budget.leave(job.id)
 
-    async def add(self, job: Job, key: OnceKey | None = None) -> Job:
-        """Store a job that has just been planned, with its request's key, and start it if it has a place.
+    async def add(self, job: Job, key: OnceKey | None = None, callback: Webhook | None = None) -> Job:
+        """Store a job that has just been planned, with its request's key and callback; start it if it has a place.
 
         Raises `JobConflict` and `JournalFull`; there is no job then.
         """
@@ -128,7 +128,7 @@ class Jobs:
             launched = step(job, Launch(self._link.process), self._host.clock.now())
             first = Step(launched.job, first.told + launched.told, launched.commands)
         try:
-            await self._host.journal.add_job(first.told, key)
+            await self._host.journal.add_job(first.told, key, callback)
         except BaseException:
             self._host.budget.leave(job.id)
             raise

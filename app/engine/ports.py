@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from app.core.adopt import Stray
 from app.core.chain import Disk, Identity
@@ -14,6 +14,7 @@ from app.core.happenings import Observed
 from app.core.job import Job, NotDeleted, Process, State
 from app.core.moves import Told
 from app.core.plan import Selection
+from app.core.webhooks import Answer, DeliveryState
 
 
 class MonitorError(Exception):
@@ -259,6 +260,10 @@ class DomainEvent(StrEnum):
     DISCONNECTED = "domain.disconnected"
 
 
+WEBHOOK_DISABLED: Final = "webhook.disabled"
+"""The type of the event that tells that a webhook is sent nothing more."""
+
+
 class Role(StrEnum):
     """What a token may do; each role includes those before it."""
 
@@ -336,6 +341,129 @@ class Kept:
     body: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """Where events are sent to. Times in ms since 1970.
+
+    No `types`: events of every type. With a `job_id` it is that job's callback. The `previous` secret signs as well
+    until `previous_until`. While `disabled_at` is set nothing is sent; `disabled_because` says why.
+    """
+
+    id: str
+    url: str
+    types: frozenset[str]
+    job_id: str | None = None
+    secret: str
+    previous: str | None = None
+    previous_until: int = 0
+    created_at: int
+    created_by: str
+    disabled_at: int | None = None
+    disabled_because: str | None = None
+    pending: int = 0
+    """How many deliveries are not delivered yet."""
+
+    def secrets(self, now: int) -> tuple[str, ...]:
+        """Those that sign at that time, the newest first."""
+        old = self.previous if self.previous is not None and now < self.previous_until else None
+        return (self.secret,) if old is None else (self.secret, old)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """An event that a webhook is sent, and what came of that so far. Times in ms since 1970.
+
+    `seq` orders all deliveries; `id` is the same for each attempt. `due_at` is when the next attempt is due.
+    """
+
+    seq: int
+    id: str
+    webhook_id: str
+    event_id: int
+    event_type: str
+    state: DeliveryState
+    attempts: int
+    created_at: int
+    due_at: int
+    attempted_at: int | None
+    answer: Answer | None
+
+
+class Sender(Protocol):
+    """Takes deliveries to their receivers."""
+
+    async def check(self, url: str) -> str | None:
+        """None if deliveries may go to `url` as far as can be told now, else why not. Never raises."""
+        ...
+
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """One attempt, bounded in time and in what is read of the answer. Never raises."""
+        ...
+
+
+class Outbox(Protocol):
+    """The webhooks, and what they are to be sent; written by the journal with each event, in its transaction.
+
+    Each write is one transaction, and durable when the call returns; writes raise `JournalFull`.
+    """
+
+    def listen(self, wake: Callable[[Collection[str]], None]) -> None:
+        """Have `wake` called on the event loop with the ids of the webhooks that an event was stored for."""
+        ...
+
+    async def add(self, webhook: Webhook) -> None:
+        """Store a new webhook. The events after this are for it too."""
+        ...
+
+    async def webhook(self, webhook_id: str) -> Webhook | None:
+        """A webhook."""
+        ...
+
+    async def webhooks(
+        self, *, job_id: str | None, after: int | None, limit: int
+    ) -> tuple[Sequence[Webhook], int | None]:
+        """The webhooks for all jobs, or the callbacks of one; oldest first, and the cursor of the next page."""
+        ...
+
+    async def remove(self, webhook_id: str) -> bool:
+        """Delete a webhook with its deliveries; whether it was there."""
+        ...
+
+    async def rotate(self, webhook_id: str, secret: str, *, until: int) -> bool:
+        """Give a webhook a new secret, beside which the one before signs until then; whether it was there."""
+        ...
+
+    async def enable(self, webhook_id: str, *, now: int) -> bool:
+        """Have a webhook sent everything that it has missed, from now on; whether it was there."""
+        ...
+
+    async def waiting(self) -> Sequence[str]:
+        """The ids of the webhooks that are enabled and have something to be sent."""
+        ...
+
+    async def head(self, webhook_id: str) -> tuple[Webhook, Delivery, StoredEvent] | None:
+        """The oldest delivery that is still to be made; None where there is none, or the webhook is disabled."""
+        ...
+
+    async def note(self, delivery: Delivery, *, disabled: str | None, data: Callable[[Webhook], str]) -> None:
+        """Store what came of an attempt.
+
+        `disabled` says why the webhook is disabled by it; the event that tells so has the text that `data` gives of the
+        webhook as it is then.
+        """
+        ...
+
+    async def deliveries(
+        self, webhook_id: str, *, before: int | None, limit: int
+    ) -> tuple[Sequence[Delivery], int | None]:
+        """A webhook's deliveries, newest first, and the cursor of the next page."""
+        ...
+
+    async def redeliver(self, webhook_id: str, delivery_id: str, *, now: int) -> Delivery | None:
+        """Have a delivery made once more, or now if it waits; None where there is none of that id."""
+        ...
+
+
 class Journal(Protocol):
     """What is kept over restarts. Each write is one transaction, and durable when the call returns.
 
@@ -350,8 +478,8 @@ class Journal(Protocol):
         """
         ...
 
-    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None) -> None:
-        """Store a new job, version by version, and the key of the request that asked for it.
+    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None, callback: Webhook | None = None) -> None:
+        """Store a new job, version by version, with the key of the request that asked for it, and its callback.
 
         Raises `JobConflict` where the disk has an unfinished one.
         """

@@ -14,10 +14,11 @@ from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
 from app.engine.host import Host
 from app.engine.once import Once
-from app.engine.ports import EventFilter, JobFilter, OnceKey, Registration, StoredEvent
+from app.engine.ports import EventFilter, JobFilter, OnceKey, Registration, StoredEvent, Webhook
 from app.engine.recovery import Recovery
 from app.engine.supervisor import Supervisor
 from app.engine.views import DiskView, DomainView
+from app.engine.webhooks import Webhooks
 
 HISTORY_PAGE = 1000
 
@@ -34,8 +35,9 @@ class Counts:
 class Service:
     """Every use case of blockjobd. All raise `Refused` where a request can't be served."""
 
-    def __init__(self, host: Host, supervisor: Supervisor) -> None:
+    def __init__(self, host: Host, supervisor: Supervisor, webhooks: Webhooks) -> None:
         self.hub = host.hub
+        self.webhooks = webhooks
         self.once = Once(host.journal, host.clock)
         self._host = host
         self._supervisor = supervisor
@@ -77,11 +79,18 @@ class Service:
         return await actor.call(lambda: actor.plan(disk, request, exact=True))
 
     async def commit(
-        self, domain: str, disk: str, request: CommitRequest, *, who: str, key: OnceKey | None = None
+        self,
+        domain: str,
+        disk: str,
+        request: CommitRequest,
+        *,
+        who: str,
+        key: OnceKey | None = None,
+        callback: Webhook | None = None,
     ) -> Job:
-        """Start a commit; `who` is the name of the caller's token, `key` is stored with the job."""
+        """Start a commit; `who` is the name of the caller's token, `key` and `callback` are stored with the job."""
         actor = self._supervisor.find(domain)
-        return await actor.call(lambda: actor.commit(disk, request, who, key))
+        return await actor.call(lambda: actor.commit(disk, request, who, key, callback))
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from app.core.chain import Disk
 from app.core.errors import Problem
 from app.core.job import Job
+from app.engine.ports import StoredEvent, Webhook
 
 
 class DomainState(StrEnum):
@@ -54,4 +55,16 @@ class Render(Protocol):
 
     def domain(self, view: DomainView) -> str:
         """The JSON of a domain."""
+        ...
+
+
+class Letters(Protocol):
+    """How what webhooks are sent is written."""
+
+    def event(self, event: StoredEvent) -> str:
+        """The JSON of a whole event, as streams have it in `data:` and webhooks as their body."""
+        ...
+
+    def webhook(self, webhook: Webhook) -> str:
+        """The JSON of a webhook, without its secrets: the data of an event that tells of it."""
         ...

@@ -11,7 +11,7 @@ import asyncio
 import json
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,10 +31,12 @@ from app.engine.ports import (
     OnceKey,
     Registration,
     StoredEvent,
+    Webhook,
 )
 from app.engine.views import Render
 from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
 from app.journal.database import connect, connect_to_read, transaction
+from app.journal.outbox import UNDELIVERED, enqueue, insert
 
 PRUNED_EVENTS: Final = 500
 """Events of domains that one transaction deletes, so that no other write waits long."""
@@ -47,6 +49,7 @@ KEPT_JOBS: Final = 256
 
 T = TypeVar("T")
 Publish = Callable[[Sequence[StoredEvent]], None]
+Wake = Callable[[Collection[str]], None]
 
 
 class LostUpdate(Exception):
@@ -67,6 +70,8 @@ class SqliteJournal:
         self._render = render
         self._clock = clock
         self._publish: Publish | None = None
+        self._wake: Wake | None = None
+        self._woken: set[str] = set()
         self._ended: OrderedDict[str, Job] = OrderedDict()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-write")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-read")
@@ -99,10 +104,14 @@ class SqliteJournal:
         """Have `publish` called on the event loop with each transaction's events, in the order of their ids."""
         self._publish = publish
 
+    def wake(self, wake: Wake) -> None:
+        """Have `wake` called on the event loop with the webhooks for which a transaction has stored deliveries."""
+        self._wake = wake
+
     # Writes -------------------------------------------------------------------------------------------------------
 
-    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None) -> None:
-        """Store a new job, version by version, and the key of the request that asked for it.
+    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None, callback: Webhook | None = None) -> None:
+        """Store a new job, version by version, with the key of the request that asked for it, and its callback.
 
         Raises `JobConflict` where the disk has an unfinished one.
         """
@@ -119,6 +128,9 @@ class SqliteJournal:
                 if row is None:
                     raise
                 raise JobConflict(row[0]) from error
+            if callback is not None:
+                # Before the events, which are for it already.
+                insert(connection, callback)
             self._tell(connection, first, events)
             self._update(connection, told[1:], events)
             if key is not None:
@@ -129,11 +141,11 @@ class SqliteJournal:
                     (key.who, key.key, key.fingerprint, first.job.id, self._clock.now()),
                 )
 
-        await self._write(add)
+        await self.write(add)
 
     async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
         """Store the answer to the request that a key came with; the first one stays."""
-        await self._write(
+        await self.write(
             lambda connection, _events: connection.execute(
                 "UPDATE idempotency_keys SET status = ?, body = ? WHERE who = ? AND key = ? AND status IS NULL",
                 (status, body, key.who, key.key),
@@ -145,19 +157,19 @@ class SqliteJournal:
 
         Raises `LostUpdate` where the first is not the one after the stored version; nothing is stored then.
         """
-        await self._write(lambda connection, events: self._update(connection, told, events))
+        await self.write(lambda connection, events: self._update(connection, told, events))
 
     async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
         """Store an event of a domain; `data` is the JSON text of its data."""
-        await self._write(
+        await self.write(
             lambda connection, events: events.append(
-                self._event(connection, type_.value, domain=domain, disk=None, job_id=None, data=data)
+                self.tell(connection, type_.value, domain=domain, disk=None, job_id=None, data=data)
             )
         )
 
     async def register(self, registration: Registration) -> None:
         """Keep a registration, in place of an earlier one of the same id."""
-        await self._write(
+        await self.write(
             lambda connection, _events: connection.execute(
                 "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
                 (registration.id, encode_registration(registration)),
@@ -166,36 +178,39 @@ class SqliteJournal:
 
     async def unregister(self, domain: str) -> None:
         """Forget a registration; one that is not there is no error."""
-        await self._write(lambda connection, _events: connection.execute("DELETE FROM domains WHERE id = ?", (domain,)))
+        await self.write(lambda connection, _events: connection.execute("DELETE FROM domains WHERE id = ?", (domain,)))
 
     async def prune(self, before: int) -> None:
         """Delete what is from before that time (ms since 1970): jobs that ended, with their events; events of domains.
 
         An event of a job goes with its job, so events that are older than the last pruned one may be left.
-        A job stays as long as the key of its request. Done in many short transactions, between which others write.
+        A job stays as long as the key of its request, and what a webhook is still to be sent stays too. Done in many
+        short transactions, between which others write.
         """
-        await self._write(
+        await self.write(
             lambda connection, _events: connection.execute(
                 "DELETE FROM idempotency_keys WHERE created_at < ? AND (created_at < ? OR substr(who, 1, 5) <> ?)",
                 (self._clock.now() - KEPT_FOR, self._clock.now() - DELIVERY_KEPT_FOR, HOOK),
             )
         )
-        while await self._write(
+        while await self.write(
             lambda connection, _events: (
                 connection.execute(
-                    "DELETE FROM events WHERE id IN"
-                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ? ORDER BY time LIMIT ?)",
+                    "DELETE FROM events WHERE id IN"  # noqa: S608  # constants only
+                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ?"
+                    f" AND NOT EXISTS ({UNDELIVERED} AND event_id = events.id) ORDER BY time LIMIT ?)",
                     (before, PRUNED_EVENTS),
                 ).rowcount
             )
         ):
             pass
-        while await self._write(
+        while await self.write(
             lambda connection, _events: (
                 connection.execute(
-                    "DELETE FROM jobs WHERE seq IN"
+                    "DELETE FROM jobs WHERE seq IN"  # noqa: S608  # constants only
                     " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ?"
                     " AND NOT EXISTS (SELECT 1 FROM idempotency_keys WHERE job_id = jobs.id)"
+                    f" AND NOT EXISTS ({UNDELIVERED} AND event_id IN (SELECT id FROM events WHERE job_id = jobs.id))"
                     " ORDER BY finished_at LIMIT ?)",
                     (before, PRUNED_JOBS),
                 ).rowcount
@@ -209,7 +224,7 @@ class SqliteJournal:
         """None if the journal can be written, which is tried, else why not."""
         try:
             # A value that changes each time: SQLite writes nothing for an update that changes nothing.
-            await self._write(
+            await self.write(
                 lambda connection, _events: connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'checks'")
             )
         except JournalFull as error:
@@ -225,7 +240,7 @@ class SqliteJournal:
         if job is not None:
             kept.move_to_end(job_id)
             return job
-        rows = await self._read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
+        rows = await self.read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
         job = decode_job(rows[0][0]) if rows else None
         # A job that was lost may still be resolved; any other that has ended changes no more, it is only pruned.
         if job is not None and job.ended and job.state is not State.LOST:
@@ -236,7 +251,7 @@ class SqliteJournal:
 
     async def kept(self, key: OnceKey, *, since: int) -> Kept | None:
         """What a key of that name led to, if it was stored at `since` or later."""
-        rows = await self._read(
+        rows = await self.read(
             "SELECT fingerprint, job_id, status, body FROM idempotency_keys"
             " WHERE who = :who AND key = :key AND created_at >= :since",
             {"who": key.who, "key": key.key, "since": since},
@@ -247,7 +262,7 @@ class SqliteJournal:
 
     async def unfinished(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""
-        return [decode_job(body) for (body,) in await self._read("SELECT body FROM jobs WHERE ended = 0 ORDER BY seq")]
+        return [decode_job(body) for (body,) in await self.read("SELECT body FROM jobs WHERE ended = 0 ORDER BY seq")]
 
     async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
         """Jobs, newest first, and the cursor of the next page (None: there is none)."""
@@ -262,7 +277,7 @@ class SqliteJournal:
                 "seq < :before": wanted.before is not None,
             }
         )
-        rows = await self._read(
+        rows = await self.read(
             f"SELECT seq, body FROM jobs {where} ORDER BY seq DESC LIMIT :limit + 1",  # noqa: S608  # constants only
             {
                 "domain": wanted.domain,
@@ -277,7 +292,7 @@ class SqliteJournal:
 
     async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
         """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""
-        rows = await self._read(
+        rows = await self.read(
             "SELECT body FROM jobs WHERE domain = :domain AND disk = :disk AND ended = 1"
             " AND (data_state = 'base-modified' OR (state = 'completed' AND intent = 'keep')) ORDER BY seq",
             {"domain": domain, "disk": disk},
@@ -295,7 +310,7 @@ class SqliteJournal:
             }
         )
         columns = "id, type, time, domain, disk, job_id, data"
-        rows = await self._read(
+        rows = await self.read(
             f"SELECT {columns} FROM events {where} ORDER BY id LIMIT :limit",  # noqa: S608  # constants only
             {
                 "after": after,
@@ -312,14 +327,14 @@ class SqliteJournal:
 
     async def event_bounds(self) -> tuple[int, int]:
         """(id of the last event that was pruned, id of the last event); 0 where there is none."""
-        ((pruned, last),) = await self._read(
+        ((pruned, last),) = await self.read(
             "SELECT value, max(value, (SELECT coalesce(max(id), 0) FROM events)) FROM meta WHERE key = 'pruned'"
         )
         return pruned, last
 
     async def registrations(self) -> Sequence[Registration]:
         """The domains that were registered, by id."""
-        return [decode_registration(body) for (body,) in await self._read("SELECT body FROM domains ORDER BY id")]
+        return [decode_registration(body) for (body,) in await self.read("SELECT body FROM domains ORDER BY id")]
 
     # How ----------------------------------------------------------------------------------------------------------
 
@@ -338,10 +353,10 @@ class SqliteJournal:
         if told.type is not None:
             job = told.job
             data = self._render.job(job)
-            event = self._event(connection, told.type.value, domain=job.domain, disk=job.disk, job_id=job.id, data=data)
+            event = self.tell(connection, told.type.value, domain=job.domain, disk=job.disk, job_id=job.id, data=data)
             events.append(event)
 
-    def _event(
+    def tell(
         self,
         connection: sqlite3.Connection,
         type_: str,
@@ -351,30 +366,39 @@ class SqliteJournal:
         job_id: str | None,
         data: str,
     ) -> StoredEvent:
+        """Store an event in a transaction, and what webhooks are to be sent of it."""
         time = self._clock.now()
         id_ = connection.execute(
             "INSERT INTO events (type, time, domain, disk, job_id, data) VALUES (?, ?, ?, ?, ?, ?)",
             (type_, time, domain, disk, job_id, data),
         ).lastrowid
-        return StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
+        event = StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
+        self._woken.update(enqueue(connection, event))
+        return event
 
-    async def _write(self, work: Callable[[sqlite3.Connection, list[StoredEvent]], T]) -> T:
+    async def write(self, work: Callable[[sqlite3.Connection, list[StoredEvent]], T]) -> T:
+        """Do `work` in one transaction; the events that it adds to its list are published after that."""
         loop = asyncio.get_running_loop()
 
         def hop() -> T:
             events: list[StoredEvent] = []
+            self._woken = set()
             with transaction(self._writing):
                 done = work(self._writing, events)
-            if events and self._publish:
-                # From this thread, so that the loop hears of transactions in the order of their commits. A loop that
-                # has ended meanwhile has no subscribers left.
-                with suppress(RuntimeError):
+            # From this thread, so that the loop hears of transactions in the order of their commits. A loop that has
+            # ended meanwhile has no subscribers left.
+            with suppress(RuntimeError):
+                if events and self._publish:
                     loop.call_soon_threadsafe(self._publish, events)
+                if self._woken and self._wake:
+                    loop.call_soon_threadsafe(self._wake, self._woken)
             return done
 
         return await asyncio.shield(loop.run_in_executor(self._writer, hop))
 
-    async def _read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+    async def read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
+
         def hop() -> list[tuple[Any, ...]]:
             return self._reading.execute(query, values or {}).fetchall()
 

@@ -48,7 +48,12 @@ def pointers(document: JSON) -> list[str]:
         ({"on_error": "ignore"}, ["/on_error"]),
         ({"backing_file": ""}, ["/backing_file"]),
         ({"backing_file": "x" * 1024}, ["/backing_file"]),
-        ({"callback": {"url": "http://example.org"}}, ["/callback"]),
+        ({"callback": "http://example.org"}, ["/callback"]),
+        ({"callback": {}}, ["/callback/url"]),
+        (
+            {"callback": {"url": "example.org", "secret": "short", "x": 1}},
+            ["/callback/secret", "/callback/url", "/callback/x"],
+        ),
         ({"nonsense": 1}, ["/nonsense"]),
         ({"a/b~c": 1}, ["/a~1b~0c"]),
         ([], [""]),

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from app.api.app import create_app
 from app.api.codes import KINDS, refusals
 from app.api.problems import problem_document
-from app.api.schemas import JsonRender
+from app.api.render import JsonRender
 from app.api.server import Server
 from app.core.errors import Code, Problem
 from app.engine.hub import Hub

@@ -6,7 +6,8 @@ import json
 from dataclasses import replace
 
 from app.api.cloudevents import event_json
-from app.api.schemas import JsonRender, disk_out, domain_json, job_json, plan_out, timestamp
+from app.api.render import JsonRender
+from app.api.schemas import disk_out, domain_json, job_json, plan_out, timestamp
 from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.job import DataState, Job, NotDeleted, Progress, Result, State

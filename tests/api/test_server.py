@@ -9,7 +9,7 @@ import pytest
 
 from app.api.app import create_app
 from app.api.jobs import WAIT
-from app.api.schemas import JsonRender
+from app.api.render import JsonRender
 from app.api.server import Server
 from app.engine.hub import Hub
 from app.journal.journal import SqliteJournal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def test_defaults() -> None:
         "retention_days": 30,
         "qmp_timeout": 10,
         "log_format": "json",
+        "webhook_allow": (),
         "hooks": {},
     }
 
@@ -95,6 +97,10 @@ def test_wrong_addresses(value: str) -> None:
         ("", {"BLOCKJOBD_LOG_FORMAT": "xml"}, "BLOCKJOBD_LOG_FORMAT: "),
         ("qmp_timeout = 0", {}, "qmp_timeout: "),
         ("qmp_timeout = inf", {}, "qmp_timeout: "),
+        ('webhook_allow = ["10.0.0.0/8", "x"]', {}, "webhook_allow.1: .*'x'"),
+        ('webhook_allow = ["10.0.0.1/8"]', {}, "webhook_allow.0: .*host bits"),
+        ("webhook_allow = [1]", {}, "webhook_allow.0: "),
+        ("", {"BLOCKJOBD_WEBHOOK_ALLOW": "10.0.0.0/8,"}, "BLOCKJOBD_WEBHOOK_ALLOW.1: "),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, text: str, environ: dict[str, str], message: str) -> None:
@@ -109,6 +115,14 @@ def test_all_wrong_settings_are_named_at_once() -> None:
     with pytest.raises(SettingsError) as raised:
         load(None, {"BLOCKJOBD_A": "1", "BLOCKJOBD_LISTEN": "x"})
     assert len(str(raised.value).splitlines()) == 2
+
+
+def test_networks(tmp_path: Path) -> None:
+    """A list in the file; in the environment with commas, or as JSON."""
+    expected = (ip_network("127.0.0.0/8"), ip_network("::1/128"), ip_network("10.1.2.3/32"))
+    assert from_file(tmp_path, 'webhook_allow = ["127.0.0.0/8", "::1", "10.1.2.3"]', {}).webhook_allow == expected
+    for text in ("127.0.0.0/8, ::1/128,10.1.2.3", '["127.0.0.0/8", "::1", "10.1.2.3"]'):
+        assert load(None, {"BLOCKJOBD_WEBHOOK_ALLOW": text}).webhook_allow == expected
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

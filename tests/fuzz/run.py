@@ -23,6 +23,7 @@ from schemathesis.specs.openapi import checks
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
+from app.core.webhooks import new_secret, url_error
 from tests.fuzz.world import DOMAINS, GONE, MACHINES, World
 from tests.support.service import JSON
 
@@ -46,6 +47,8 @@ CHECKS: list[Any] = [
     for name in ("response_schema_conformance", "content_type_conformance", "negative_data_rejection")
 ]
 CLOSED_PORT = "127.0.0.1:1"
+RECEIVERS = (f"http://{CLOSED_PORT}/", "http://169.254.0.1/", "http://[::1]:1/", "http://nothing.invalid/")
+"""Nothing that is asked for may lead away from this host."""
 
 
 class _Connection(HTTPConnection):
@@ -189,6 +192,12 @@ class Fuzz:
             path["disk"] = self._random.choice([*["vda"] * 30, *self._world.names])
         if "job_id" in path and self._world.jobs and self._maybe(0.85):
             path["job_id"] = self._random.choice(self._world.jobs[-2:])
+        if "webhook_id" in path and self._maybe(0.85):
+            items: list[JSON] = self._world.service.client.get("/webhooks").json()["items"]
+            path["webhook_id"] = self._random.choice(items)["id"] if items else "wh-none"
+            deliveries = self._world.service.client.get(f"/webhooks/{path['webhook_id']}/deliveries?limit=3").json()
+            if "delivery_id" in path and deliveries.get("items"):
+                path["delivery_id"] = deliveries["items"][-1]["id"]
         for key in [key for key in case.headers if key.lower() == "prefer"]:
             if "wait" in str(case.headers[key]):
                 case.headers[key] = "wait=1"
@@ -204,10 +213,20 @@ class Fuzz:
                 self._aim_commit(case, body)
             case "registerDomain":
                 self._aim_registration(case, body)
+            case "createWebhook":
+                self._aim_receiver(body)
             case _:
                 pass
 
+    def _aim_receiver(self, body: JSON) -> None:
+        if isinstance(body.get("url"), str) and (self._maybe(0.8) or url_error(body["url"]) is None):
+            body["url"] = self._random.choice(RECEIVERS)
+        if isinstance(body.get("secret"), str) and self._maybe(0.8):
+            body["secret"] = new_secret(self._random.randbytes(32))
+
     def _aim_commit(self, case: Case, body: JSON) -> None:
+        if isinstance(body.get("callback"), dict):
+            self._aim_receiver(cast(JSON, body["callback"]))
         for key in ("top", "base"):
             if key in body and self._maybe(0.7):
                 body[key] = self._random.choice([None, *self._world.names])
@@ -217,6 +236,8 @@ class Fuzz:
             on_ready = self._random.choice(["wait", "pivot", "keep"]) if flags else "wait"
             body.clear()
             body |= {"flags": flags, "on_ready": on_ready, "bandwidth": self._random.choice([0, 0, 1])}
+            if self._maybe(0.1):
+                body["callback"] = {"url": self._random.choice(RECEIVERS)}
             if self._maybe(0.5):
                 body["top"] = self._random.choice([None, "vda[1]", "vda[2]", *self._world.names])
         if case.query.get("dry_run") and self._maybe(0.5):

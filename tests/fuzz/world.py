@@ -35,7 +35,11 @@ class World:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            settings = {"BLOCKJOBD_IMAGE_ROOTS": str(self.folder), "BLOCKJOBD_MAX_RUNNING_JOBS": "2"}
+            settings = {
+                "BLOCKJOBD_IMAGE_ROOTS": str(self.folder),
+                "BLOCKJOBD_MAX_RUNNING_JOBS": "2",
+                "BLOCKJOBD_WEBHOOK_ALLOW": "127.0.0.0/8",
+            }
             self.service = stack.enter_context(Service(self.folder / "service", settings))
             for number, (name, arguments) in enumerate(zip(MACHINES, (blockdev, drive_with_id), strict=True)):
                 chain = self._chain(name, number)

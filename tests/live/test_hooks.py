@@ -19,8 +19,11 @@ import httpx
 import pytest
 from standardwebhooks.webhooks import Webhook
 
+from app.core.webhooks import new_secret
 from tests.live.conftest import Boot
 from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
+from tests.support.qemu import Qemu
+from tests.support.receiver import Receiver
 from tests.support.service import JSON, Service
 
 pytestmark = pytest.mark.live
@@ -29,30 +32,9 @@ NUMBERS = itertools.count(1)
 SECRET = "It's a Secret to Everybody"
 SIGNING = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
-WORKFLOW_RUN: JSON = {
-    "action": "completed",
-    "workflow_run": {
-        "id": 289782451,
-        "name": "Build",
-        "head_branch": "main",
-        "event": "push",
-        "status": "completed",
-        "conclusion": "success",
-        "run_number": 13,
-        "pull_requests": [],
-    },
-    "repository": {"id": 186853002, "full_name": "Codertocat/Hello-World", "private": False},
-    "sender": {"login": "Codertocat", "type": "User"},
-}
-"""GitHub's event, cut down to what a match may look at."""
-
-PIPELINE: JSON = {
-    "object_kind": "pipeline",
-    "object_attributes": {"id": 31, "ref": "master", "status": "success", "detailed_status": "passed", "duration": 63},
-    "project": {"id": 1, "path_with_namespace": "gitlab-org/gitlab-test"},
-}
-"""GitLab's event, cut down likewise."""
-
+PUBLISHED = Path(__file__).parents[1] / "support" / "payloads"
+WORKFLOW_RUN: JSON = json.loads((PUBLISHED / "github_workflow_run.json").read_text())
+PIPELINE: JSON = json.loads((PUBLISHED / "gitlab_pipeline.json").read_text())
 STANDARD: JSON = {"type": "build.finished", "data": {"ok": True}}
 
 
@@ -323,3 +305,45 @@ def test_a_hook_that_can_not_be_served(hooks: Mapping[str, JSON], tmp_path: Path
     assert ended.returncode == 2
     assert expected in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_from_a_pipeline_to_its_receiver(tmp_path: Path, template: Chain) -> None:
+    """GitHub's delivery starts a merge with pivot; the callback tells a receiver how it went, signed."""
+    secret, signing = tmp_path / "ci.secret", new_secret(b"b" * 32)
+    secret.write_text(SECRET)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    chain = copy_chain(template, folder)
+    with Receiver(tmp_path / "receiver") as receiver:
+        config = tmp_path / "blockjobd.toml"
+        config.write_text(f"""
+webhook_allow = ["127.0.0.0/8"]
+
+[hooks.ci]
+provider = "github"
+secret_file = "{secret}"
+event = "workflow_run"
+match = {{ "/action" = "completed", "/workflow_run/conclusion" = "success" }}
+domain = "web1"
+disk = "vda"
+verb = "commit"
+body = {{ flags = ["active"], on_ready = "pivot", callback = {{ url = "{receiver.url}", secret = "{signing}" }} }}
+""")
+        with (
+            Service(tmp_path / "service", build=("app.cli.main", "serve", "--config", str(config))) as service,
+            Qemu(service.qmp_dir / "web1.qmp", blockdev(chain)),
+        ):
+            service.wait_for_domain("web1")
+            delivery = signed("github", WORKFLOW_RUN, id_=new_id())
+            answers = [deliver(service, "ci", *delivery) for _ in range(2)]
+            assert [answer.status_code for answer in answers] == [202, 202], answers[0].text
+            assert answers[0].content == answers[1].content
+            job = service.wait_for_job(answers[0].json()["id"])
+            assert (job["state"], job["type"], job["requested_by"]) == ("completed", "active-commit", "hook:ci")
+            receiver.wait_for(5)
+            told = [request["event"] for request in receiver.taken(signing)]
+            types = [event["type"] for event in told]
+            assert types == ["job.queued", "job.started", "job.ready", "job.pivoting", "job.completed"]
+            assert told[-1]["data"] == job
+            assert [layer["file"] for layer in service.disk("web1")["chain"]] == [chain.at(2)]
+            assert len(service.client.get("/jobs").json()["items"]) == 1

@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 
 import uvloop
 
-from app.api.schemas import JsonRender
+from app.api.render import JsonRender
 from app.core.chain import Identity
 from app.core.job import Job, NotDeleted, Process, State
 from app.core.moves import Told

@@ -25,10 +25,11 @@ QUIET = 60
 
 
 class Service:
-    """The service on a unix socket in `folder`, with `folder/qmp` watched for domains."""
+    """The service on a unix socket in `folder`, with `folder/qmp` watched for domains; `build` is the module to run."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None, build: Sequence[str] = SERVE) -> None:
         self.folder = folder
+        self.build = build
         self.qmp_dir = folder / "qmp"
         self.state_dir = folder / "state"
         self.socket = folder / "api.sock"
@@ -38,9 +39,9 @@ class Service:
         self.client = self._client("")
 
     def start(
-        self, build: Sequence[str] = SERVE, environ: Mapping[str, str] | None = None, *, check: str = "/readyz"
+        self, build: Sequence[str] | None = None, environ: Mapping[str, str] | None = None, *, check: str = "/readyz"
     ) -> Self:
-        """Start it, and return once it answers that check with 200; `build` is the module to run."""
+        """Start it (or another build of it), and return once it answers that check with 200."""
         self.launch(build, environ)
         assert self.process is not None
         deadline = time.monotonic() + 60
@@ -53,7 +54,7 @@ class Service:
         self.client = self._client((self.state_dir / "token").read_text().strip())
         return self
 
-    def launch(self, build: Sequence[str] = SERVE, more: Mapping[str, str] | None = None) -> None:
+    def launch(self, build: Sequence[str] | None = None, more: Mapping[str, str] | None = None) -> None:
         """Start it, and don't wait."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("BLOCKJOBD_")}
         environ |= (
@@ -67,7 +68,9 @@ class Service:
             | dict(more or {})
         )
         with (self.folder / "service.log").open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", *build], env=environ, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *(build or self.build)], env=environ, stdout=log, stderr=log
+            )
 
     def _listens(self) -> bool:
         # Asked without httpx, which leaves the socket of a failed attempt open until it is collected.

@@ -1,0 +1,30 @@
+"""How events and their data are written (`app.engine.views`): in the words of the API's own answers."""
+
+from __future__ import annotations
+
+from app.api.cloudevents import event_json
+from app.api.schemas import domain_json, job_json
+from app.api.webhooks import webhook_out
+from app.core.job import Job
+from app.engine.ports import StoredEvent, Webhook
+from app.engine.views import DomainView
+
+
+class JsonRender:
+    """Writes JSON."""
+
+    def job(self, job: Job) -> str:
+        """The JSON of a job."""
+        return job_json(job)
+
+    def domain(self, view: DomainView) -> str:
+        """The JSON of a domain."""
+        return domain_json(view)
+
+    def webhook(self, webhook: Webhook) -> str:
+        """The JSON of a webhook, without its secrets."""
+        return webhook_out(webhook).model_dump_json()
+
+    def event(self, event: StoredEvent) -> str:
+        """The JSON of a whole event."""
+        return event_json(event)

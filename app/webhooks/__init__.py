@@ -1,0 +1,1 @@
+"""The way of webhooks to their receivers."""
