@@ -12,9 +12,11 @@ RUN /opt/blockjobd/bin/pip install --quiet --no-cache-dir --no-deps /src \
  && /opt/blockjobd/bin/pip uninstall --quiet --yes pip
 
 FROM debian:trixie-slim AS runtime
-# qemu-img reads the images of domains that are off, and measures what a merge will copy.
+# qemu-img reads the images of domains that are off, and measures what a merge will copy. Receivers of webhooks are known
+# by their certificates.
 RUN apt-get update -qq \
- && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends python3 qemu-utils \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends \
+      ca-certificates python3 qemu-utils \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 8470 blockjobd \
  && useradd --uid 8470 --gid 8470 --no-create-home --home-dir /var/lib/blockjobd --shell /usr/sbin/nologin blockjobd \

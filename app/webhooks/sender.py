@@ -1,7 +1,7 @@
 """HTTP requests to receivers: into allowed networks only, and bounded in all that they take.
 
-A URL's host is resolved once for each attempt, what comes of it is judged, and the connection goes to an address that
-was judged, so a name that answers differently the second time leads nowhere.
+A URL's host is resolved once for each attempt, each address that comes of it is judged, and the connection goes to one
+that is allowed, so a name that answers differently the second time leads nowhere.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class HttpSender:
             await answer.aclose()
 
     async def _addresses(self, url: httpx.URL) -> Sequence[str]:
-        """The addresses of a URL's host, all of them allowed; raises `_Refused` and `OSError`."""
+        """Those of the addresses of a URL's host that are allowed; raises `_Refused` where none is, and `OSError`."""
         try:
             async with asyncio.timeout(RESOLVE):
                 addresses = await self._resolve(url.host.strip("[]"), url.port or PORTS[url.scheme])
@@ -119,11 +119,11 @@ class HttpSender:
             raise OSError(f"the name {url.host} was not resolved within {RESOLVE:.0f} s") from None
         except UnicodeError as error:
             raise _Refused(f"{url.host} is no host's name") from error
-        for address in addresses:
-            why = address_error(address, self._allow)
-            if why is not None:
-                raise _Refused(f"{url.host} leads where webhooks may not go: {why}")
-        return addresses
+        wrong = {address: address_error(address, self._allow) for address in addresses}
+        allowed = [address for address in addresses if wrong[address] is None]
+        if addresses and not allowed:
+            raise _Refused(f"{url.host} leads where webhooks may not go: {wrong[addresses[0]]}")
+        return allowed
 
 
 async def resolved(host: str, port: int) -> Sequence[str]:
