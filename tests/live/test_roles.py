@@ -49,7 +49,7 @@ def command(service: Service, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 def test_each_role_may_do_what_it_may(service: Service, clients: dict[str, httpx.Client]) -> None:
-    """Readers get everything, operators steer jobs too, and only admins change what domains there are."""
+    """Readers get everything, operators steer jobs too, and only admins change what domains and webhooks there are."""
     document = service.client.get("/openapi.json").json()
     operations = [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
     operations += [("GET", "/openapi.json"), ("GET", "/docs")]
@@ -58,7 +58,8 @@ def test_each_role_may_do_what_it_may(service: Service, clients: dict[str, httpx
         url = path.replace("{domain}", "nobody").replace("{disk}", "vda").replace("{job_id}", "bj-nobody")
         if path in FREE:
             continue
-        admins = path.endswith("/resolve") or (path == "/domains/{domain}" and method in ("PUT", "DELETE"))
+        domains = path == "/domains/{domain}" and method in ("PUT", "DELETE")
+        admins = domains or path.endswith("/resolve") or path.startswith("/webhooks")
         needed = 0 if method == "GET" else 2 if admins else 1
         assert status(clients["none"], method, url) == (401, "unauthenticated"), (method, path)
         for rank, role in enumerate(ROLES):
