@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.job import Process
-from app.qemu.process import alive
+from app.qemu.process import alive, borrowed
 
 WRITE: Final = 101
 UNSHARED_WRITE: Final = 201
 """The bytes that QEMU locks: "I write", and "nobody else may write"."""
 
 LOCKS: Final = Path("/proc/locks")
+
+FLOCK: Final = "hhqqi4x"
+"""How `struct flock` is laid out (fcntl(2)): type, whence, start, length, pid."""
 
 LOOKS: Final = 16
 PAUSE: Final = 0.002
@@ -29,15 +34,38 @@ Next to a process that did nothing but lock and unlock 200 files, one look in fi
 def is_locked(file: os.stat_result, process: Process | None) -> bool:
     """Whether another process than `process` holds an image lock on the file. May block; raises OSError.
 
-    The kernel lists the locks a page at a time. One that is listed while others come and go may be there twice, and
-    would pass for another's; so only what several looks agree on is believed.
+    A process's own open file tells at once that nobody else does. Where it does not (others' locks are there, the
+    process has the file open twice, or lets nobody ask), all locks are read, for which the kernel makes everybody who
+    locks something wait for up to 25 ms. It lists them a page at a time. One that is listed while others come and go
+    may be there twice, and would pass for another's; so only what several looks agree on is believed.
     """
+    if process is not None and _has_it_alone(file, process):
+        return False
     for look in range(LOOKS):
         if look:
             time.sleep(PAUSE)
         if not _seems_locked(file, process):
             return False
     return True
+
+
+def is_free(handle: int) -> bool:
+    """Whether nobody holds an image lock on an open file but that very opening of it. May block; raises OSError.
+
+    As QEMU asks it (util/osdep.c: qemu_lock_fd_test): which lock would keep this one from locking the byte for itself.
+    """
+    for byte in (WRITE, UNSHARED_WRITE):
+        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        kind, *_ = struct.unpack(FLOCK, fcntl.fcntl(handle, fcntl.F_OFD_GETLK, asked))
+        if kind != fcntl.F_UNLCK:
+            return False
+    return True
+
+
+def _has_it_alone(file: os.stat_result, process: Process) -> bool:
+    with suppress(OSError), borrowed(process, (file.st_dev, file.st_ino)) as handle:
+        return is_free(handle)
+    return False
 
 
 def locked_files() -> frozenset[Identity] | None:

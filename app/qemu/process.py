@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from app.core.chain import Identity
 from app.core.job import Process
+
+PIDFD_GETFD: Final = 438
+"""The number of pidfd_getfd(2), for which Python has no function; it is the same on all of today's architectures."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def start_time(pid: int) -> int | None:
@@ -67,7 +75,7 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     """The identities of the files that the process has open, none if it has ended; None where that can't be seen."""
     found: set[Identity] | None = None
     with suppress(OSError):
-        files = list(Path(f"/proc/{process.pid}/fd").iterdir())
+        files = list(os.scandir(f"/proc/{process.pid}/fd"))
         found = set()
         for file in files:
             with suppress(OSError):
@@ -76,6 +84,48 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     if not alive(process):
         return frozenset()
     return None if found is None else frozenset(found)
+
+
+@contextmanager
+def borrowed(process: Process, wanted: Identity) -> Generator[int]:
+    """The process's own open file (not another opening of it) of that identity, for as long as the block lasts.
+
+    Raises OSError where the process has no such file open, or lets nobody have it (ptrace(2), "access mode checking").
+    """
+    if process.pid is None:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        # Asked now: the process that is held here can't give its pid to another one.
+        if not alive(process):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        file = _duplicate(pidfd, _number_of(process.pid, wanted))
+    finally:
+        os.close(pidfd)
+    try:
+        found = os.fstat(file)
+        if (found.st_dev, found.st_ino) != wanted:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        yield file
+    finally:
+        os.close(file)
+
+
+def _number_of(pid: int, wanted: Identity) -> int:
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with suppress(OSError):
+                found = entry.stat()
+                if (found.st_dev, found.st_ino) == wanted:
+                    return int(entry.name)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _duplicate(pidfd: int, number: int) -> int:
+    file = _libc.syscall(PIDFD_GETFD, pidfd, number, 0)
+    if file < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(file)
 
 
 def open_folder(path: str, process: Process | None) -> int:
