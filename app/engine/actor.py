@@ -150,6 +150,8 @@ class Actor:
                     request.answer.set_exception(Refused(_SHUTTING_DOWN))
 
     async def _wait(self) -> None:
+        if self._jobs.restless:
+            self._next_look = min(self._next_look, self._host.clock.monotonic() + POLL)
         if not (self._inbox or self._jobs.look_soon or self.link.pending or self._stopping):
             until = min(self._next_look, self.link.deadline)
             with suppress(TimeoutError):
@@ -210,8 +212,8 @@ class Actor:
         except JournalFull as error:
             # Nothing was stored, so nothing was done: the same is seen and tried again at the next look.
             log.error("journal full", domain=self.id, error=str(error))
-        # Beside a domain without jobs nothing is done until something happens there.
-        self._next_look = self._host.clock.monotonic() + POLL if self._jobs.restless else float("inf")
+        # Beside a domain without jobs nothing is done until something happens there; `_wait` sees to those with jobs.
+        self._next_look = float("inf")
 
     async def _serve_inbox(self) -> None:
         while self._inbox:

@@ -71,6 +71,7 @@ class Jobs:
         self._wake = wake
         self._jobs = {job.id: job for job in jobs}
         self._planned_now: set[str] = set()
+        self._on_disk: set[str] = set()
         self._strays: list[str] = []
         self._meters: dict[str, Meter] = {}
         self._progress_due: dict[str, float] = {}
@@ -186,6 +187,7 @@ class Jobs:
             self._progress_due.pop(job.id, None)
             self._paused_since.pop(job.id, None)
             self._planned_now.discard(job.id)
+            self._on_disk.discard(job.id)
         else:
             self._jobs[job.id] = self._host.live[job.id] = job
         self._host.hub.note_move()
@@ -289,7 +291,8 @@ class Jobs:
 
     async def _do(self, job: Job, command: Command) -> Event | None:
         """Carry out a command; the event that follows, or None where the next look will tell."""
-        self.look_soon = True
+        # While it starts, and is not ready or at its end, there is nothing to see but how far it is.
+        self.look_soon |= command is not Command.START
         try:
             if command is Command.CHECK_IMAGES:
                 return await self._check_images(job)
@@ -339,7 +342,9 @@ class Jobs:
 
     async def _finalize(self, monitor: Monitor, job: Job) -> None:
         # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
-        await self._flushed(monitor, job)
+        if await self._flushed(monitor, job):
+            # A pending job has written all that it will ever write.
+            self._on_disk.add(job.id)
         await monitor.finalize(job.id)
 
     async def _pause(self, monitor: Monitor, job: Job) -> None:
@@ -357,7 +362,7 @@ class Jobs:
             # It has been unplugged; what was merged below the active layer shows in a header all the same.
             return await self._check_images(job) if job.overlay else Checked(Proof.UNKNOWN)
         proof = prove(job, disk.nodes, nodes=True)
-        unsure = proof is Proof.MERGED and job.type is JobType.COMMIT
+        unsure = proof is Proof.MERGED and job.type is JobType.COMMIT and job.id not in self._on_disk
         return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))
 
     async def _flushed(self, monitor: Monitor, job: Job) -> bool:
@@ -403,9 +408,7 @@ class Jobs:
         else:
             # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
             # stored, so nothing is lost if the service ends in between: all of this is done again then.
-            await monitor.dismiss(job.id)
-            if merged and not kept:
-                await monitor.release(work.release)
+            await monitor.dismiss(job.id, work.release if merged and not kept else ())
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else work.chain

@@ -142,12 +142,12 @@ class Monitor(Protocol):
         """Have QEMU write to the disk what it holds back of the node's data; a read-only node has nothing to write."""
         ...
 
-    async def release(self, nodes: Sequence[str]) -> None:
-        """Delete the nodes that are left of merged layers, in this order; those gone already are no error."""
-        ...
+    async def dismiss(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+        """Let QEMU forget a concluded job; one that it does not know is no error.
 
-    async def dismiss(self, job_id: str) -> None:
-        """Let QEMU forget a concluded job; one that it does not know is no error."""
+        Then delete the nodes that are left of the layers that it has merged, in this order; nor is one of them that has
+        gone already.
+        """
         ...
 
     async def close(self) -> None:

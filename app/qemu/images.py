@@ -228,7 +228,7 @@ class LocalImages:
             found = ((path, self._why_not(path, identity, process)) for path, identity in files.items())
             return {path: reason for path, reason in found if reason is not None}
 
-        return await asyncio.to_thread(look)
+        return await asyncio.to_thread(look) if files else {}
 
     def _why_not(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
         if not path.startswith("/"):

@@ -57,13 +57,15 @@ HINTS: Final = frozenset(
         "BLOCK_JOB_READY",
         "DEVICE_DELETED",
         "DEVICE_TRAY_MOVED",
-        "JOB_STATUS_CHANGE",
         "RESUME",
         "SHUTDOWN",
         "STOP",
     }
 )
 """Events after which something is worth a look. BLOCK_JOB_ERROR is none: thousands may come, and a pause follows."""
+
+STOPS: Final = frozenset({"paused", "ready", "standby", "pending", "concluded", "null"})
+"""Statuses of a job (QAPI `JobStatus`) at which there may be something to do. It leaves the others by itself."""
 
 LAST_WORDS_MAX: Final = 256
 
@@ -133,14 +135,11 @@ class QmpMonitor:
 
     async def _read_disks(self) -> tuple[Disk, ...]:
         execute = self._connection.execute
-        unfinished = await execute("query-block-jobs")
-        stream = next((job["device"] for job in unfinished if job["type"] == "stream"), None)
-        asked = [execute("query-block"), execute("query-blockstats")]
-        if stream is None or self._connection.greeting.get("qemu", {}).get("major", 0) >= NODES_SAFE:
-            asked.append(execute("query-named-block-nodes", {"flat": True}))
         # All at once: next to the merge of a small layer, each wait for a reply shows.
-        blocks, stats, *nodes = await asyncio.gather(*asked)
-        self._nodes = nodes[0] if nodes else self._nodes
+        unfinished, blocks, stats = await asyncio.gather(
+            self._read_nodes(), execute("query-block"), execute("query-blockstats")
+        )
+        stream = _stream(unfinished)
         prefixes = {qdev: await self._prefix(qdev) for block in blocks if (qdev := block.get("qdev"))}
         running = [job for job in unfinished if job["status"] not in ("concluded", "null")]
         block_graph = None
@@ -165,6 +164,13 @@ class QmpMonitor:
             ids = tuple(job["device"] for job in running)
             disks = tuple(replace(disk, running_jobs=ids) for disk in disks)
         return disks
+
+    async def _read_nodes(self) -> Sequence[Mapping[str, Any]]:
+        """Read the nodes, unless that is not safe now; QEMU's block jobs, which tell that."""
+        unfinished: Sequence[Mapping[str, Any]] = await self._connection.execute("query-block-jobs")
+        if _stream(unfinished) is None or self._connection.greeting.get("qemu", {}).get("major", 0) >= NODES_SAFE:
+            self._nodes = await self._connection.execute("query-named-block-nodes", {"flat": True})
+        return unfinished
 
     async def _prefix(self, qdev: str) -> str:
         prefix = self._prefixes.get(qdev)
@@ -266,20 +272,24 @@ class QmpMonitor:
         if said:
             raise Declined(Problem(code=Code.QEMU_ERROR, detail=f"{line}: {said}"))
 
-    async def release(self, nodes: Sequence[str]) -> None:
-        """Delete nodes (QAPI `blockdev-del`). Those that QEMU made itself go with the node above them."""
-        # Sent at once, and carried out in this order: a node can be deleted when nothing above uses it any more.
-        asked = [self._connection.execute("blockdev-del", {"node-name": node}) for node in nodes]
-        for node, answer in zip(nodes, await asyncio.gather(*asked, return_exceptions=True), strict=True):
+    async def dismiss(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+        """Let QEMU forget a concluded job (QAPI `job-dismiss`), and delete nodes (QAPI `blockdev-del`).
+
+        The nodes that QEMU made itself go with the node above them.
+        """
+        # Sent at once, and carried out in this order: a node can be deleted when nothing uses it any more, neither the
+        # job nor a node above it.
+        deletions = [self._connection.execute("blockdev-del", {"node-name": node}) for node in nodes]
+        dismissal = self._tolerant("job-dismiss", {"id": job_id}, "not found")
+        dismissed, *deleted = await asyncio.gather(dismissal, *deletions, return_exceptions=True)
+        if isinstance(dismissed, BaseException):
+            raise dismissed
+        self._events.last_words.pop(job_id, None)
+        for node, answer in zip(nodes, deleted, strict=True):
             if isinstance(answer, Declined):
                 log.debug("node not deleted", node=node, reason=answer.problem.detail)
             elif isinstance(answer, BaseException):
                 raise answer
-
-    async def dismiss(self, job_id: str) -> None:
-        """Let QEMU forget a concluded job (QAPI `job-dismiss`)."""
-        await self._tolerant("job-dismiss", {"id": job_id}, "not found")
-        self._events.last_words.pop(job_id, None)
 
     async def close(self) -> None:
         """End the connection; never raises."""
@@ -291,6 +301,10 @@ class QmpMonitor:
         except Declined as declined:
             if not any(text in declined.problem.detail for text in harmless):
                 raise
+
+
+def _stream(jobs: Sequence[Mapping[str, Any]]) -> str | None:
+    return next((job["device"] for job in jobs if job["type"] == "stream"), None)
 
 
 class _Events:
@@ -309,7 +323,8 @@ class _Events:
                 self.last_words.pop(next(iter(self.last_words)))
             progress = Progress(current=data["offset"], end=data["len"])
             self.last_words[data["device"]] = Observed(status="concluded", progress=progress, error=error)
-        if name in HINTS:
+        # A job tells of each of its steps, and most of them are on the way to one that matters.
+        if name in HINTS or (name == "JOB_STATUS_CHANGE" and event["data"]["status"] in STOPS):
             self._hint()
 
 

@@ -36,7 +36,6 @@ QMP: Final = {
     "start": "block-commit",
     "complete": "job-complete",
     "cancel": "job-cancel",
-    "dismiss": "job-dismiss",
     "disks": "read-chain",
     "flush": "flush",
     "finalize": "job-finalize",
@@ -188,10 +187,11 @@ class DyingMonitor(Around):
         super().__init__(inner, fuse, lambda attribute, _arguments: QMP.get(attribute))
         self._monitor = inner
 
-    async def release(self, nodes: Sequence[str]) -> None:
+    async def dismiss(self, job_id: str, nodes: Sequence[str] = ()) -> None:
         """As the monitor's own, node by node."""
+        await self._fuse.around("job-dismiss", lambda: self._monitor.dismiss(job_id))
         for number, node in enumerate(nodes, 1):
-            await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.release([node]))
+            await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.dismiss(job_id, [node]))
 
 
 class DyingImages(Around):
