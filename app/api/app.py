@@ -52,8 +52,11 @@ def create_app(
     app.state.metrics = metrics
     app.state.clock = clock
     app.state.hooks = taken or {}
-    for module in (jobs, domains, disks, events, webhooks, health, docs):
-        app.include_router(module.router)
-    app.include_router(hooks.router)
-    app.include_router(health.free)
+    # Not included as routers, each of which would look at its routes anew for each request.
+    for router in (
+        *(module.router for module in (jobs, domains, disks, events, webhooks, health, docs)),
+        hooks.router,
+        health.free,
+    ):
+        app.router.routes.extend(router.routes)
     return app

@@ -17,6 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
+from app.api.arguments import Find, by_request_alone, plain_handler
 from app.api.problems import invalid_parameter
 from app.core.errors import Code, Problem, Refused
 from app.engine.ports import Role, Token
@@ -55,8 +56,8 @@ class Guarded(APIRoute):
     """A route that needs a token. It refuses parameters that it does not know, and bodies over 1 MiB."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """FastAPI's handler behind the token, the names of the parameters and the limit of the body."""
-        handler = super().get_route_handler()
+        """The route's handler behind the token, the names of the parameters and the limit of the body."""
+        handler = plain_handler(self.dependant, direct) or super().get_route_handler()
         parts = list(_all_dependants(self.dependant))
         role = next(part.call.role for part in parts if isinstance(part.call, Requires))
         known = {parameter.alias for part in parts for parameter in part.query_params}
@@ -65,17 +66,28 @@ class Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             request.state.token = _judge(request, role)
             # A dry run that is misspelt, or asked for and not asked for, must not become a real one.
-            for name in request.query_params:
+            for name in request.query_params if request.scope["query_string"] else ():
                 if name not in known:
                     expected = ", ".join(sorted(known)) or "none"
                     raise Refused(invalid_parameter(name, f"unknown parameter; expected {expected}"))
                 if len(request.query_params.getlist(name)) > 1:
                     raise Refused(invalid_parameter(name, "given more than once"))
-            if takes_body and _announced(request) > BODY_MAX:
+            if not takes_body:
+                return await handler(request)
+            if _announced(request) > BODY_MAX:
                 raise _too_large()
             return await handler(Request(request.scope, _limited(request.receive)))
 
         return guarded
+
+
+def direct(dependant: Dependant) -> Find | None:
+    """What finds the value of a dependency of a route that needs a token, if its request alone is enough for that."""
+    return _judged if isinstance(dependant.call, Requires) else by_request_alone(dependant)
+
+
+async def _judged(request: Request) -> object:
+    return request.state.token
 
 
 def _all_dependants(dependant: Dependant) -> Iterator[Dependant]:

@@ -104,7 +104,7 @@ async def commit_blocks(
         job = await use.commit(domain, disk, request, who=who.name, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
-    return await serve() if key is None else await served_once(use, key, path_of(http), serve)
+    return await serve() if key is None else await served_once(use, key, path_of(http.scope), serve)
 
 
 @router.get("/domains/{domain}/disks/{disk:path}", operation_id="getDisk", responses=refusals(*READS, *DISK))

@@ -47,7 +47,7 @@ async def get_readiness(request: Request, use: UseCases) -> HealthOut | Response
         "status": 503,
         "detail": "; ".join(f"{name}: {why}" for name, why in failing.items()),
         "code": NOT_READY,
-        "instance": path_of(request),
+        "instance": path_of(request.scope),
         "checks": failing,
     }
     return JSONResponse(document, status_code=503, media_type=MEDIA_TYPE)

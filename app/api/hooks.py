@@ -136,4 +136,4 @@ async def take_delivery(
         job = await use.commit(taken.hook.domain, taken.hook.disk, taken.request, who=who, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
-    return await served_once(use, key, path_of(http), serve)
+    return await served_once(use, key, path_of(http.scope), serve)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -33,14 +34,17 @@ class Metrics:
             ["route", "method"],
             registry=self.registry,
         )
+        # There are few, and to find one takes longer than to count.
+        self._count = lru_cache(maxsize=None)(self._requests.labels)
+        self._duration = lru_cache(maxsize=None)(self._seconds.labels)
         self.registry.register(_Figures(service, version))
 
     def answered(self, *, route: str, method: str, status: int, seconds: float | None) -> None:
         """Count a request; `route` is a template, `seconds` None for a stream."""
         known = method if method in METHODS else "other"
-        self._requests.labels(route, known, str(status)).inc()
+        self._count(route, known, str(status)).inc()
         if seconds is not None:
-            self._seconds.labels(route, known).observe(seconds)
+            self._duration(route, known).observe(seconds)
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format (version 0.0.4)."""

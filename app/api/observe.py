@@ -6,13 +6,12 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, cast
 
 import structlog
 from anyio import BrokenResourceError
 from fastapi import Request
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.metrics import Metrics
@@ -30,6 +29,8 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})
 """Routes that are asked all the time; they stand in the log only when they fail."""
 
+STREAM: Final = b"text/event-stream"
+
 log = structlog.get_logger("blockjobd.http")
 
 
@@ -46,9 +47,7 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
-        given = request.headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        request_id = _given_id(scope) or secrets.token_hex(8)
         answer = _Answer(scope, send, request_id, self._stalled)
         begin = time.perf_counter()
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -57,30 +56,39 @@ class Observed:
             except Exception as error:
                 if answer.stream and _only_left(error):
                     return
-                log.exception("a request met a fault", method=request.method, path=path_of(request))
+                request = Request(scope)
+                log.exception("a request met a fault", method=request.method, path=path_of(scope))
                 if answer.status is not None:
                     raise
                 await internal_error(request, request_id)(scope, receive, answer.send)
             finally:
-                self._note(request, answer, time.perf_counter() - begin)
+                self._note(scope, answer, time.perf_counter() - begin)
 
-    def _note(self, request: Request, answer: _Answer, seconds: float) -> None:
-        template = cast(str, getattr(request.scope.get("route"), "path_format", "none"))
+    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+        template = cast(str, getattr(scope.get("route"), "path_format", "none"))
+        method = cast(str, scope["method"])
         status = answer.status or 499
-        self._metrics.answered(
-            route=template, method=request.method, status=status, seconds=None if answer.stream else seconds
-        )
+        self._metrics.answered(route=template, method=method, status=status, seconds=None if answer.stream else seconds)
         if template in QUIET and status < 400:
             return
-        token = cast("Token | None", getattr(request.state, "token", None))
+        token = cast("Token | None", scope.get("state", {}).get("token"))
         log.info(
             "request",
-            method=request.method,
-            path=path_of(request),
+            method=method,
+            path=path_of(scope),
             status=status,
             ms=round(seconds * 1000, 1),
             token=token.name if token else None,
         )
+
+
+def _given_id(scope: Scope) -> str | None:
+    """The id that the client has given its request; the first one, if it is well-formed."""
+    for name, value in cast("Iterable[tuple[bytes, bytes]]", scope["headers"]):
+        if name == b"x-request-id":
+            given = value.decode("latin-1")
+            return given if REQUEST_ID.fullmatch(given) else None
+    return None
 
 
 def _only_left(error: Exception) -> bool:
@@ -94,7 +102,10 @@ def _only_left(error: Exception) -> bool:
 class _Answer:
     """Passes an answer on, with the id of its request, and keeps what is to be known of it."""
 
+    __slots__ = ("_later", "_request_id", "_scope", "_send", "_stalled", "status", "stream")
+
     def __init__(self, scope: Scope, send: Send, request_id: str, stalled: float) -> None:
+        self._later = asyncio.get_running_loop().call_later
         self._stalled = stalled
         self._scope = scope
         self._send = send
@@ -105,10 +116,10 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = cast(int, message["status"])
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self._request_id
-            self.stream = headers.get("content-type", "").startswith("text/event-stream")
-        timer = asyncio.get_running_loop().call_later(self._stalled, self._disconnect)
+            headers = cast("Iterable[tuple[bytes, bytes]]", message["headers"])
+            self.stream = any(name == b"content-type" and value.startswith(STREAM) for name, value in headers)
+            message["headers"] = [*headers, (b"x-request-id", self._request_id.encode())]
+        timer = self._later(self._stalled, self._disconnect)
         try:
             await self._send(message)
         finally:

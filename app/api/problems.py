@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from app.api.codes import KINDS, MEDIA_TYPE
 from app.core.errors import Code, Problem, Refused, invalid
@@ -55,9 +56,9 @@ def problem_document(problem: Problem, instance: str) -> ProblemOut:
     )
 
 
-def path_of(request: Request) -> str:
+def path_of(scope: Scope) -> str:
     """The path of a request, percent-encoded as it was sent."""
-    return cast(bytes, request.scope["raw_path"]).decode("ascii", "backslashreplace")
+    return cast(bytes, scope["raw_path"]).decode("ascii", "backslashreplace")
 
 
 def problem_response(
@@ -124,11 +125,11 @@ async def _on_validation(request: Request, error: RequestValidationError) -> Res
     errors = _validation_errors(error)
     detail = "; ".join(f"{item.get('parameter', item.get('pointer')) or 'body'}: {item['detail']}" for item in errors)
     problem = Problem(code=Code.INVALID_REQUEST, detail=detail, extra={"errors": errors})
-    return problem_response(problem, path_of(request))
+    return problem_response(problem, path_of(request.scope))
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    path, headers = path_of(request), error.headers
+    path, headers = path_of(request.scope), error.headers
     match error.status_code:
         case 404:
             problem = Problem(code=Code.NOT_FOUND, detail=f"there is no {path}; /openapi.json lists what there is")
@@ -158,12 +159,12 @@ def _methods(request: Request) -> list[str]:
 
 
 async def _on_refused(request: Request, error: Refused) -> Response:
-    return problem_response(error.problem, path_of(request))
+    return problem_response(error.problem, path_of(request.scope))
 
 
 async def _on_journal_full(request: Request, _error: JournalFull) -> Response:
     problem = Problem(code=Code.JOURNAL_FULL, detail="the journal can't be written, so nothing was started or changed")
-    return problem_response(problem, path_of(request))
+    return problem_response(problem, path_of(request.scope))
 
 
 def internal_error(request: Request, request_id: str) -> Response:
@@ -173,7 +174,7 @@ def internal_error(request: Request, request_id: str) -> Response:
         detail=f"a fault of the service; its log tells more of the request {request_id}",
         extra={"request_id": request_id},
     )
-    return problem_response(problem, path_of(request))
+    return problem_response(problem, path_of(request.scope))
 
 
 HANDLERS: Final[Mapping[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from functools import lru_cache
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +16,9 @@ from app.core.plan import Plan
 from app.core.qmp import block_commit_arguments
 from app.engine.recovery import Found, Recovery
 from app.engine.views import DiskView, DomainState, DomainView
+
+KEPT_TEXTS: Final = 256
+"""Ended jobs whose texts are kept."""
 
 
 def timestamp(ms: int) -> str:
@@ -378,7 +382,28 @@ def plan_out(plan: Plan) -> PlanOut:
 
 def job_json(job: Job) -> str:
     """The JSON text of a job, in answers and in events alike."""
-    return job_out(job).model_dump_json()
+    return _text(_Same(job)) if job.ended else job_out(job).model_dump_json()
+
+
+class _Same:
+    """Equals only what holds the very same value, so that it costs nothing to compare."""
+
+    __slots__ = ("job",)
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __hash__(self) -> int:
+        return id(self.job)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.job is other.job
+
+
+# What has ended changes no more, and the journal keeps what was asked for last.
+@lru_cache(maxsize=KEPT_TEXTS)
+def _text(same: _Same) -> str:
+    return job_out(same.job).model_dump_json()
 
 
 def domain_json(view: DomainView) -> str:

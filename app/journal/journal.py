@@ -241,10 +241,13 @@ class SqliteJournal:
             kept.move_to_end(job_id)
             return job
         rows = await self.read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
-        job = decode_job(rows[0][0]) if rows else None
+        return self._keep(kept, decode_job(rows[0][0])) if rows else None
+
+    @staticmethod
+    def _keep(kept: OrderedDict[str, Job], job: Job) -> Job:
         # A job that was lost may still be resolved; any other that has ended changes no more, it is only pruned.
-        if job is not None and job.ended and job.state is not State.LOST:
-            kept[job_id] = job
+        if job.ended and job.state is not State.LOST:
+            kept[job.id] = job
             if len(kept) > KEPT_JOBS:
                 kept.popitem(last=False)
         return job
@@ -277,8 +280,9 @@ class SqliteJournal:
                 "seq < :before": wanted.before is not None,
             }
         )
+        kept = self._ended
         rows = await self.read(
-            f"SELECT seq, body FROM jobs {where} ORDER BY seq DESC LIMIT :limit + 1",  # noqa: S608  # constants only
+            f"SELECT seq, id, body FROM jobs {where} ORDER BY seq DESC LIMIT :limit + 1",  # noqa: S608  # constants only
             {
                 "domain": wanted.domain,
                 "disk": wanted.disk,
@@ -288,7 +292,8 @@ class SqliteJournal:
             },
         )
         page = rows[: wanted.limit]
-        return [decode_job(body) for _, body in page], page[-1][0] if len(rows) > len(page) else None
+        jobs = [kept.get(id_) or self._keep(kept, decode_job(body)) for _, id_, body in page]
+        return jobs, page[-1][0] if len(rows) > len(page) else None
 
     async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
         """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""

@@ -120,6 +120,31 @@ def test_a_job_that_ended_stays_so(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+@pytest.mark.parametrize("state", [State.LOST, State.CANCELED])
+def test_what_is_kept_at_hand_is_what_is_stored(tmp_path: Path, state: State) -> None:
+    """Jobs are asked for again and again, alone and in lists: it is their last version, until they are pruned."""
+    job = make_job()
+    end = ended(job, at=5, state=state)
+
+    async def seen(journal: SqliteJournal) -> set[Job | None]:
+        listed, _ = await journal.jobs(JobFilter(limit=10))
+        return {*listed, await journal.job(job.id)}
+
+    async def story(journal: SqliteJournal) -> None:
+        await journal.add_job(queued(job))
+        assert await seen(journal) == {job}
+        await journal.store([end])
+        assert await seen(journal) == await seen(journal) == {end.job}
+        if state is State.LOST:
+            resolved = replace(end.job, state=State.FAILED, version=end.job.version + 1)
+            await journal.store([Told(EventType.FAILED, resolved)])
+            assert await seen(journal) == await seen(journal) == {resolved}
+        await journal.prune(6)
+        assert await seen(journal) == {None}
+
+    run(tmp_path, story)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -1,0 +1,88 @@
+"""The arguments of plain routes, found without FastAPI's way through all that a dependency might be.
+
+That way takes longer, for each request, than all the rest of a simple read. A plain route has no body, takes parameters
+and what hangs on its request, and returns a response. Its parameters are read and judged by FastAPI's own functions, so
+that there is one set of rules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.utils import request_params_to_args
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import QueryParams
+
+Find = Callable[[Request], Awaitable[object]]
+
+
+def plain_handler(
+    dependant: Dependant, direct: Callable[[Dependant], Find | None]
+) -> Callable[[Request], Awaitable[Response]] | None:
+    """What answers the requests of a plain route; None for any other.
+
+    `direct` gives, for a dependency, what finds its value by the request alone, or None where it takes more than that.
+    """
+    call = dependant.call
+    if call is None or not inspect.iscoroutinefunction(call) or not _is_simple(dependant):
+        return None
+    if inspect.signature(call, eval_str=True).return_annotation is not Response:
+        return None
+    finds: list[tuple[str, Find]] = []
+    for part in dependant.dependencies:
+        find = direct(part)
+        if part.name is None or find is None:
+            return None
+        finds.append((part.name, find))
+    path, query, headers = dependant.path_params, dependant.query_params, dependant.header_params
+    aliases = {field.alias.lower() for field in headers}
+    names = {name.encode() for alias in aliases for name in (alias, alias.replace("_", "-"))}
+    request_name = dependant.request_param_name
+    # Most requests give none of them, so what they are then is found out once.
+    defaults, missing = request_params_to_args([*query, *headers], QueryParams())
+
+    async def handle(request: Request) -> Response:
+        values: dict[str, Any] = {name: await find(request) for name, find in finds}
+        given: list[tuple[list[Any], Mapping[str, Any]]] = [(path, request.path_params)] if path else []
+        if missing or request.scope["query_string"] or any(name in names for name, _ in request.scope["headers"]):
+            given += [(query, request.query_params), (headers, request.headers)]
+        else:
+            values.update(defaults)
+        errors: list[Any] = []
+        for fields, received in given:
+            found, wrong = request_params_to_args(fields, received)
+            values.update(found)
+            errors += wrong
+        if errors:
+            raise RequestValidationError(errors)
+        if request_name is not None:
+            values[request_name] = request
+        return await call(**values)
+
+    return handle
+
+
+def by_request_alone(dependant: Dependant) -> Find | None:
+    """What finds the value of a dependency that takes its request and nothing else; None for any other."""
+    name, call = dependant.request_param_name, dependant.call
+    parameters = [dependant.path_params, dependant.query_params, dependant.header_params, dependant.dependencies]
+    if name is None or call is None or any(parameters) or not _is_simple(dependant):
+        return None
+    return call if inspect.iscoroutinefunction(call) else None
+
+
+def _is_simple(dependant: Dependant) -> bool:
+    more = (
+        dependant.cookie_params,
+        dependant.body_params,
+        dependant.response_param_name,
+        dependant.background_tasks_param_name,
+        dependant.http_connection_param_name,
+        dependant.websocket_param_name,
+        dependant.security_scopes_param_name,
+    )
+    return not any(more)
