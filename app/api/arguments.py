@@ -18,11 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import QueryParams
 
 Find = Callable[[Request], Awaitable[object]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def plain_handler(
-    dependant: Dependant, direct: Callable[[Dependant], Find | None]
-) -> Callable[[Request], Awaitable[Response]] | None:
+def plain_handler(dependant: Dependant, direct: Callable[[Dependant], Find | None]) -> Handler | None:
     """What answers the requests of a plain route; None for any other.
 
     `direct` gives, for a dependency, what finds its value by the request alone, or None where it takes more than that.

@@ -7,7 +7,7 @@ signature says which role that takes, and gives the route the token.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Final, cast
 
 from fastapi import Depends, Request, Response, Security
@@ -17,7 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from app.api.arguments import Find, by_request_alone, plain_handler
+from app.api.arguments import Find, Handler, by_request_alone, plain_handler
 from app.api.problems import invalid_parameter
 from app.core.errors import Code, Problem, Refused
 from app.engine.ports import Role, Token
@@ -55,9 +55,9 @@ Admin = Annotated[Token, Depends(Requires(Role.ADMIN))]
 class Guarded(APIRoute):
     """A route that needs a token. It refuses parameters that it does not know, and bodies over 1 MiB."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_route_handler(self) -> Handler:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The route's handler behind the token, the names of the parameters and the limit of the body."""
-        handler = plain_handler(self.dependant, direct) or super().get_route_handler()
+        handler = self.handler()
         parts = list(_all_dependants(self.dependant))
         role = next(part.call.role for part in parts if isinstance(part.call, Requires))
         known = {parameter.alias for part in parts for parameter in part.query_params}
@@ -79,6 +79,10 @@ class Guarded(APIRoute):
             return await handler(Request(request.scope, _limited(request.receive)))
 
         return guarded
+
+    def handler(self) -> Handler:
+        """What answers requests that may be answered."""
+        return plain_handler(self.dependant, direct) or super().get_route_handler()
 
 
 def direct(dependant: Dependant) -> Find | None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, cast
 
 import structlog
-from anyio import BrokenResourceError
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,9 +52,7 @@ class Observed:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, answer.send)
-            except Exception as error:
-                if answer.stream and _only_left(error):
-                    return
+            except Exception:
                 request = Request(scope)
                 log.exception("a request met a fault", method=request.method, path=path_of(scope))
                 if answer.status is not None:
@@ -89,14 +86,6 @@ def _given_id(scope: Scope) -> str | None:
             given = value.decode("latin-1")
             return given if REQUEST_ID.fullmatch(given) else None
     return None
-
-
-def _only_left(error: Exception) -> bool:
-    """Whether it is but what FastAPI raises of a stream whose client left while more was to be sent."""
-    if not isinstance(error, ExceptionGroup):
-        return False
-    _left, others = cast("ExceptionGroup[Exception]", error).split(BrokenResourceError)
-    return others is None
 
 
 class _Answer:
