@@ -324,7 +324,7 @@ class _Events:
             progress = Progress(current=data["offset"], end=data["len"])
             self.last_words[data["device"]] = Observed(status="concluded", progress=progress, error=error)
         # A job tells of each of its steps, and most of them are on the way to one that matters.
-        if name in HINTS or (name == "JOB_STATUS_CHANGE" and event["data"]["status"] in STOPS):
+        if name in HINTS or (name == "JOB_STATUS_CHANGE" and event["data"].get("status") in STOPS):
             self._hint()
 
 
