@@ -44,3 +44,8 @@ async def merge(client: QMPClient, *, device: str, top: str, base: str) -> None:
     data = cast(JSON, event["data"])
     if event["event"] != "BLOCK_JOB_COMPLETED" or "error" in data:
         raise MergeFailed(str(event))
+
+
+async def flush(client: QMPClient, node: str) -> None:
+    """Have on the disk what was written to a node."""
+    await client.execute("human-monitor-command", {"command-line": f'qemu-io "{node}" "flush"'})
