@@ -122,7 +122,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Take a delivery."""
-        body = self.rfile.read(int(self.headers.get("content-length", "0"))).decode()
+        size = int(self.headers.get("content-length", "0"))
+        sent = self.rfile.read(size)
+        if len(sent) < size:
+            # The sender was killed while it sent, so nothing has come.
+            self.close_connection = True
+            return
+        body = sent.decode()
         mode = (self.folder / "mode").read_text()
         self._note({"mode": mode, "path": self.path, "headers": self._named(), "body": body, "at": time.time()})
         if mode == "hang":
