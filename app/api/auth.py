@@ -76,7 +76,7 @@ class Guarded(APIRoute):
                 return await handler(request)
             if _announced(request) > BODY_MAX:
                 raise _too_large()
-            return await handler(Request(request.scope, _limited(request.receive)))
+            return await handler(Request(request.scope, limited(request.receive)))
 
         return guarded
 
@@ -130,10 +130,11 @@ def _announced(request: Request) -> int:
     return int(request.headers.get("content-length", "0"))
 
 
-def _limited(receive: Receive) -> Receive:
+def limited(receive: Receive) -> Receive:
+    """The messages of a request, of which no more than `BODY_MAX` bytes are taken; more raise `HTTPException`."""
     size = 0
 
-    async def limited() -> Message:
+    async def receive_limited() -> Message:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
@@ -141,4 +142,4 @@ def _limited(receive: Receive) -> Receive:
             raise _too_large()
         return message
 
-    return limited
+    return receive_limited

@@ -9,9 +9,8 @@ from typing import Annotated, Final, cast
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 
-from app.api.auth import BODY_MAX
+from app.api.auth import limited
 from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.disks import COMMIT, made_callback
@@ -80,11 +79,7 @@ def _payload(body: bytes) -> object:
 
 
 async def _delivery(http: Request) -> Delivery:
-    body = b""
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > BODY_MAX:
-            raise HTTPException(413, f"the body is larger than {BODY_MAX} bytes")
+    body = await Request(http.scope, limited(http.receive)).body()
     return Delivery({name.lower(): value for name, value in http.headers.items()}, body)
 
 

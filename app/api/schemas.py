@@ -26,6 +26,11 @@ def timestamp(ms: int) -> str:
     return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms % 1000:03d}Z"
 
 
+def time_or_none(ms: int | None) -> str | None:
+    """As `timestamp`, where there may be no time."""
+    return None if ms is None else timestamp(ms)
+
+
 class Out(BaseModel):
     """A part of an answer."""
 
@@ -312,16 +317,12 @@ def job_out(job: Job) -> JobOut:
         requested_by=job.requested_by,
         actions=job.actions,
         created_at=timestamp(job.created_at),
-        started_at=_time_or_none(job.started_at),
-        ready_at=_time_or_none(job.ready_at),
-        finished_at=_time_or_none(job.finished_at),
+        started_at=time_or_none(job.started_at),
+        ready_at=time_or_none(job.ready_at),
+        finished_at=time_or_none(job.finished_at),
         version=job.version,
         resolved=ResolutionOut(by=job.resolved.by, at=timestamp(job.resolved.at)) if job.resolved else None,
     )
-
-
-def _time_or_none(ms: int | None) -> str | None:
-    return None if ms is None else timestamp(ms)
 
 
 def recovery_out(recovery: Recovery) -> RecoveryOut:

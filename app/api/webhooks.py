@@ -12,7 +12,7 @@ from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import RotateIn, WebhookIn
 from app.api.codes import refusals
 from app.api.requests import CHANGES, READS, Limit, NumberCursor, UseCases, no_nul
-from app.api.schemas import Out, timestamp
+from app.api.schemas import Out, time_or_none, timestamp
 from app.core.errors import Code
 from app.core.webhooks import DeliveryState
 from app.engine.ports import Delivery, Webhook
@@ -98,7 +98,7 @@ def _webhook_members(webhook: Webhook) -> dict[str, Any]:
         "types": sorted(webhook.types),
         "job": webhook.job_id,
         "enabled": webhook.disabled_at is None,
-        "disabled_at": _time(webhook.disabled_at),
+        "disabled_at": time_or_none(webhook.disabled_at),
         "disabled_because": webhook.disabled_because,
         "pending": webhook.pending,
         "created_at": timestamp(webhook.created_at),
@@ -118,15 +118,11 @@ def delivery_out(delivery: Delivery) -> DeliveryOut:
         status=delivery.state,
         attempts=delivery.attempts,
         created_at=timestamp(delivery.created_at),
-        last_attempt_at=_time(delivery.attempted_at),
+        last_attempt_at=time_or_none(delivery.attempted_at),
         next_attempt_at=timestamp(delivery.due_at) if waits else None,
         answer=AnswerOut(status=answer.status, body=answer.body) if answer and answer.status is not None else None,
         error=answer.error if answer else None,
     )
-
-
-def _time(ms: int | None) -> str | None:
-    return None if ms is None else timestamp(ms)
 
 
 @router.post(

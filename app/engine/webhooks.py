@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Final
 
-from app.core.errors import Code, Problem, Refused
+from app.core.errors import Code, Problem, Refused, invalid
 from app.core.webhooks import ROTATION
 from app.engine.ports import Clock, Delivery, Outbox, Sender, Webhook
 from app.engine.postman import Postman
@@ -38,13 +39,7 @@ class Webhooks:
         """A webhook that is not stored yet; without a `secret` it gets one. `pointer` names the URL in the request."""
         why = await self._sender.check(url)
         if why is not None:
-            raise Refused(
-                Problem(
-                    code=Code.WEBHOOK_URL_REFUSED,
-                    detail=f"{pointer}: {why}",
-                    extra={"errors": [{"pointer": pointer, "detail": why}]},
-                )
-            )
+            raise Refused(replace(invalid(pointer, why), code=Code.WEBHOOK_URL_REFUSED))
         return Webhook(
             id=self._new_id(),
             url=url,
