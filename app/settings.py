@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
-from app.core.hooks import Provider
+from app.core.incoming import Provider
 
 PREFIX: Final = "BLOCKJOBD_"
 

@@ -18,25 +18,25 @@ from app.api.app import create_app, openapi_json
 from app.api.hooks import prepared
 from app.api.render import JsonRender
 from app.api.server import Server
+from app.core.outgoing import SCHEDULE, new_secret
 from app.core.reconcile import JOB_PREFIX
-from app.core.webhooks import SCHEDULE, new_secret
+from app.drivers.qmp.discovery import SocketDiscovery
+from app.drivers.qmp.monitor import QmpConnector
 from app.engine.budget import Budget
-from app.engine.host import Host
+from app.engine.domains import DomainDirectory
 from app.engine.hub import Hub
-from app.engine.postman import Postman
 from app.engine.recovery import Recovery
 from app.engine.service import Service
-from app.engine.supervisor import Supervisor
+from app.engine.shared import Shared
 from app.engine.views import Render
-from app.engine.webhooks import Webhooks
+from app.engine.webhook_sender import WebhookSender
+from app.engine.webhooks import WebhookUseCases
+from app.hostfs.images import LocalImages
 from app.journal.journal import SqliteJournal
 from app.journal.lock import locked
 from app.journal.outbox import SqliteOutbox
 from app.journal.tokens import Tokens
 from app.logs import configure
-from app.qemu.discovery import Discovery
-from app.qemu.images import LocalImages
-from app.qemu.monitor import QmpConnector
 from app.settings import Settings
 from app.webhooks.sender import HttpSender
 
@@ -67,7 +67,7 @@ def new_webhook_id() -> str:
 
 
 def new_webhook_secret() -> str:
-    """256 random bits, as the Standard Webhooks specification writes them."""
+    """256 random bits, as the Standard WebhookUseCases specification writes them."""
     return new_secret(secrets.token_bytes(32))
 
 
@@ -84,7 +84,7 @@ class Application:
     hub: Hub
 
 
-def _as_it_is(_host: Host) -> None:
+def _as_it_is(_shared: Shared) -> None:
     """The service as it is run: nothing stands between the engine and what is behind its ports."""
 
 
@@ -93,14 +93,14 @@ async def running(
     settings: Settings,
     *,
     render: Render | None = None,
-    dress: Callable[[Host], None] = _as_it_is,
+    wrap_ports: Callable[[Shared], None] = _as_it_is,
     schedule: Sequence[int] = SCHEDULE,
 ) -> AsyncGenerator[Application]:
     """The service with everything behind it, for as long as the block lasts.
 
-    `render` and `dress` are for builds that look at, or end, what goes through the ports: `dress` may put other ones
-    in place of a host's before anything uses them. `schedule` is when webhooks are tried again. Raises `StateDirInUse`
-    where another service has the state directory, and `SettingsError` where a hook can't be served.
+    `render` and `wrap_ports` are for builds that look at, or end, what goes through the ports: `wrap_ports` may put
+    other ports in place of the shared ones before anything uses them. `schedule` is when webhooks are tried again. Raises
+    `StateDirInUse` where another service has the state directory, and `SettingsError` where a hook can't be served.
     """
     clock, render = SystemClock(), render or JsonRender()
     hooks = {name: prepared(name, hook) for name, hook in settings.hooks.items()}
@@ -111,7 +111,7 @@ async def running(
         tokens = stack.enter_context(Tokens.open(settings.state_dir, clock))
         tokens.ensure_admin()
         hub = Hub(journal, clock)
-        host = Host(
+        shared = Shared(
             connector=QmpConnector(settings.qmp_timeout),
             journal=journal,
             images=LocalImages(settings.image_roots, settings.qmp_timeout),
@@ -122,37 +122,37 @@ async def running(
             render=render,
             new_id=new_job_id,
         )
-        dress(host)
-        host.journal.listen(hub.publish)
-        supervisor = Supervisor(host, Discovery(settings.qmp_dir), retention_days=settings.retention_days)
+        wrap_ports(shared)
+        shared.journal.listen(hub.publish)
+        domains = DomainDirectory(shared, SocketDiscovery(settings.qmp_dir), retention_days=settings.retention_days)
         outbox = SqliteOutbox(journal, clock)
         sender = HttpSender(settings.webhook_allow, f"blockjobd/{version('blockjobd')}")
-        postman = Postman(
+        webhook_sender = WebhookSender(
             outbox=outbox,
             sender=sender,
             clock=clock,
-            letters=JsonRender(),
+            renderer=JsonRender(),
             spread=SystemRandom().random,
             schedule=schedule,
         )
-        webhooks = Webhooks(
+        webhooks = WebhookUseCases(
             outbox=outbox,
-            postman=postman,
+            webhook_sender=webhook_sender,
             sender=sender,
             clock=clock,
             new_id=new_webhook_id,
             new_secret=new_webhook_secret,
         )
-        service = Service(host, supervisor, webhooks)
-        await postman.start()
-        await supervisor.start()
+        service = Service(shared, domains, webhooks)
+        await webhook_sender.start()
+        await domains.start()
         try:
             api = create_app(service, tokens.find, version=version("blockjobd"), clock=clock, taken=hooks)
             yield Application(api=api, hub=hub)
         finally:
             hub.close()
-            await postman.stop()
-            await supervisor.stop()
+            await webhook_sender.stop()
+            await domains.stop()
 
 
 async def serve(
@@ -160,12 +160,12 @@ async def serve(
     *,
     ready: Callable[[str], None] | None = None,
     render: Render | None = None,
-    dress: Callable[[Host], None] = _as_it_is,
+    wrap_ports: Callable[[Shared], None] = _as_it_is,
     schedule: Sequence[int] = SCHEDULE,
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken. The rest as in `running`."""
     os.umask(0o077)
-    async with running(settings, render=render, dress=dress, schedule=schedule) as application:
+    async with running(settings, render=render, wrap_ports=wrap_ports, schedule=schedule) as application:
         server = Server(application.api, application.hub, settings.listen, ready=ready)
         await server.serve()
 

@@ -12,7 +12,7 @@ from app.api import disks, docs, domains, events, health, hooks, jobs, webhooks
 from app.api.auth import FindToken
 from app.api.docs import openapi_json
 from app.api.metrics import Metrics
-from app.api.observe import Observed
+from app.api.observe import RequestObserver
 from app.api.problems import HANDLERS
 from app.engine.ports import Clock
 from app.engine.service import Service
@@ -44,7 +44,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Observed, metrics=metrics)],
+        middleware=[Middleware(RequestObserver, metrics=metrics)],
         exception_handlers=dict(HANDLERS),
     )
     app.state.service = service

@@ -23,7 +23,7 @@ from app.api.cloudevents import STORED
 from app.core.errors import Problem
 from app.core.flags import BANDWIDTH_MAX, NAMES, parse_flags
 from app.core.job import OnError, OnReady
-from app.core.webhooks import secret_error, url_error
+from app.core.outgoing import secret_error, url_error
 from app.engine.ports import Address, Registration
 from app.settings import UNIX_PATH_MAX, host_and_port
 

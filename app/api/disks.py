@@ -10,8 +10,8 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from app.api.auth import Guarded, Operator, Reader
 from app.api.bodies import CommitIn
 from app.api.codes import refusals
+from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, served_once
 from app.api.jobs import job_response
-from app.api.once import IdempotencyKey, IfMatch, digests, once_key, served_once
 from app.api.problems import path_of
 from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
 from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
@@ -81,8 +81,8 @@ async def commit_blocks(
     use: UseCases,
     *,
     http: Request,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
+    if_match: IfMatchHeader = None,
+    idempotency_key: KeyHeader = None,
     dry_run: Annotated[bool, Query(description="change nothing, and answer with the plan")] = False,
 ) -> Response:
     """Merge the layers from `top` down to the one above `base` into `base`, while the guest runs."""
@@ -97,7 +97,7 @@ async def commit_blocks(
     key = None
     if idempotency_key is not None:
         asked = {"domain": domain, "disk": disk, "if_match": if_match, "body": body.model_dump(mode="json")}
-        key = once_key(idempotency_key, who=who.name, request=asked)
+        key = request_key(idempotency_key, who=who.name, request=asked)
 
     async def serve() -> Response:
         callback = await made_callback(use, body, who.name)

@@ -14,15 +14,15 @@ from app.api.auth import limited
 from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.disks import COMMIT, made_callback
+from app.api.idempotency import request_key, served_once
 from app.api.jobs import job_response
-from app.api.once import once_key, served_once
 from app.api.problems import invalid_parameter, path_of
 from app.api.requests import UseCases
 from app.api.schemas import IgnoredOut, JobOut
 from app.core.errors import Code, Problem, Refused, invalid
-from app.core.hooks import Delivery, Provider, delivery_id, mismatch, signature_error
+from app.core.incoming import IncomingDelivery, Provider, delivery_id, mismatch, signature_error
 from app.core.plan import CommitRequest, commit_request
-from app.engine.once import HOOK
+from app.engine.idempotency import HOOK
 from app.engine.ports import Clock
 from app.settings import Hook, SettingsError
 
@@ -30,7 +30,7 @@ router = APIRouter(tags=["hooks"])
 """Takes no token: a delivery is signed."""
 
 HEADER: Final = {
-    Provider.GITHUB: "X-GitHub-Delivery",
+    Provider.GITHUB: "X-GitHub-IncomingDelivery",
     Provider.GITLAB: "Idempotency-Key",
     Provider.STANDARD: "webhook-id",
 }
@@ -46,7 +46,7 @@ class Taken:
     body: CommitIn
     request: CommitRequest
 
-    def verdict(self, delivery: Delivery) -> str | None:
+    def verdict(self, delivery: IncomingDelivery) -> str | None:
         """None if the delivery starts the commit, else why not; raises `Refused` where it is no JSON."""
         return mismatch(self.hook.provider, self.hook.event, self.hook.match, delivery.headers, _payload(delivery.body))
 
@@ -78,9 +78,9 @@ def _payload(body: bytes) -> object:
         raise Refused(invalid("", f"not JSON: {error}")) from error
 
 
-async def _delivery(http: Request) -> Delivery:
+async def _delivery(http: Request) -> IncomingDelivery:
     body = await Request(http.scope, limited(http.receive)).body()
-    return Delivery({name.lower(): value for name, value in http.headers.items()}, body)
+    return IncomingDelivery({name.lower(): value for name, value in http.headers.items()}, body)
 
 
 @router.post(
@@ -124,7 +124,7 @@ async def take_delivery(
         missing = f"expected the delivery's id in the header {HEADER[taken.hook.provider]}"
         raise Refused(invalid_parameter(HEADER[taken.hook.provider], missing))
     who = HOOK + name
-    key = once_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
+    key = request_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
 
     async def serve() -> Response:
         callback = await made_callback(use, taken.body, who)

@@ -33,7 +33,7 @@ STREAM: Final = b"text/event-stream"
 log = structlog.get_logger("blockjobd.http")
 
 
-class Observed:
+class RequestObserver:
     """ASGI middleware: gives each request an id, answers faults with a 500, logs and counts."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, *, stalled: float = STALLED) -> None:

@@ -14,7 +14,7 @@ from app.api.codes import refusals
 from app.api.requests import CHANGES, READS, Limit, NumberCursor, UseCases, no_nul
 from app.api.schemas import Out, time_or_none, timestamp
 from app.core.errors import Code
-from app.core.webhooks import DeliveryState
+from app.core.outgoing import DeliveryState
 from app.engine.ports import Delivery, Webhook
 
 router = APIRouter(route_class=Guarded, tags=["webhooks"])

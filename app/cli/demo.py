@@ -28,7 +28,7 @@ from app.cli.stage import (
     MIB,
     START,
     DemoFailed,
-    Monitor,
+    DemoMonitor,
     check_tools,
     compare,
     expected_disk,
@@ -176,7 +176,7 @@ class _Story:
 
     console: Console
     client: httpx.Client
-    monitor: Monitor
+    monitor: DemoMonitor
     folder: Path
     expected: bytes
 

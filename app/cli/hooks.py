@@ -9,7 +9,7 @@ from typing import Final
 
 from app.api.hooks import prepared
 from app.core.errors import Refused
-from app.core.hooks import Delivery, Provider, delivery_id, signature_error
+from app.core.incoming import IncomingDelivery, Provider, delivery_id, signature_error
 from app.settings import Settings, SettingsError
 
 SIGNED: Final = {"x-hub-signature-256", "x-gitlab-token", "webhook-signature"}
@@ -32,14 +32,14 @@ def judge(settings: Settings, name: str, body: bytes, headers: Sequence[str]) ->
         given[key.strip().lower()] = value.strip()
     lines: list[str] = []
     signed = bool(SIGNED & given.keys())
-    error = signature_error(hook.provider, taken.secret, Delivery(given, body), time.time()) if signed else None
+    error = signature_error(hook.provider, taken.secret, IncomingDelivery(given, body), time.time()) if signed else None
     lines.append(f"signature: {error or 'valid'}" if signed else "signature: not given, so not looked at")
     if hook.provider in EVENT and EVENT[hook.provider] not in given:
         given[EVENT[hook.provider]] = hook.event
     if error is not None:
         return [*lines, "answer: 401 signature-invalid"], False
     try:
-        reason = taken.verdict(Delivery(given, body))
+        reason = taken.verdict(IncomingDelivery(given, body))
     except Refused as refused:
         return [*lines, f"answer: 422 invalid-request, {refused.problem.detail}"], False
     if reason is not None:

@@ -184,7 +184,7 @@ def last_words(log: Path) -> str:
     return "\n".join(lines[-10:]) or "it said nothing"
 
 
-class Monitor:
+class DemoMonitor:
     """The demo's own connection to QEMU, beside the service's, for looking at the disk as the guest sees it."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -219,7 +219,7 @@ class Monitor:
 
 
 @contextmanager
-def qemu(image: Path, folder: Path, sockets: Path) -> Generator[tuple[subprocess.Popen[bytes], Monitor]]:
+def qemu(image: Path, folder: Path, sockets: Path) -> Generator[tuple[subprocess.Popen[bytes], DemoMonitor]]:
     """A QEMU with the disk `image`; its QMP socket for the service is `DOMAIN`.qmp in `sockets`."""
     log, own = folder / "qemu.log", folder / "look.sock"
     command = (
@@ -237,7 +237,7 @@ def qemu(image: Path, folder: Path, sockets: Path) -> Generator[tuple[subprocess
             if process.poll() is not None or time.monotonic() > deadline:
                 raise DemoFailed(f"QEMU did not start: {last_words(log)}")
             time.sleep(0.02)
-        yield process, Monitor(connection)
+        yield process, DemoMonitor(connection)
 
 
 def _escaped(path: Path) -> str:

@@ -15,7 +15,7 @@ UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stray:
+class OrphanJob:
     """What a job works on, as QEMU's block graph shows it.
 
     `disk` is as it was before the job; `top` and `base` are positions in its chain, `bandwidth` is in bytes/s.
@@ -27,7 +27,7 @@ class Stray:
     bandwidth: int
 
 
-def adopt(stray: Stray, *, id_: str, domain: str, process: Process, now: int) -> Job:
+def adopt(stray: OrphanJob, *, id_: str, domain: str, process: Process, now: int) -> Job:
     """The record of a job that QEMU has, running; `now` is in ms since 1970.
 
     What its request said beyond the layers is lost with its first record, so the job gets the defaults that do no

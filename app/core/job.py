@@ -1,6 +1,6 @@
 """A block job as a value: what it is, where it is, and what it works on.
 
-`app.core.transitions` says how it moves.
+`app.core.machine.table` says how it moves.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Command(StrEnum):
     """Read the chain from QEMU's graph."""
     CHECK_IMAGES = "check-images"
     """Read the chain from the images, as QEMU has ended."""
-    SETTLE = "settle"
+    CLEAN_UP = "settle"
     """Release nodes, delete images, dismiss the job."""
 
 

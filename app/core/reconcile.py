@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from app.core.chain import Disk, Identity, Layer
-from app.core.happenings import Absent, Event, Gone, Observed
 from app.core.job import DataState, Intent, Job, JobType, Process, Proof, State, Verdict
+from app.core.machine.inputs import Absent, Gone, Input, Observed
 
 JOB_PREFIX = "bj-"
 """How the ids of all our jobs begin, here and in QEMU."""
@@ -25,9 +25,9 @@ def same_process(one: Process | None, other: Process | None) -> bool:
     return all(a is None or b is None or a == b for a, b in pairs)
 
 
-def reconcile(jobs: Iterable[Job], seen: Mapping[str, Observed], process: Process | None) -> list[tuple[Job, Event]]:
+def reconcile(jobs: Iterable[Job], seen: Mapping[str, Observed], process: Process | None) -> list[tuple[Job, Input]]:
     """For each unfinished job what has happened to it, given what the QEMU `process` lists now."""
-    found: list[tuple[Job, Event]] = []
+    found: list[tuple[Job, Input]] = []
     for job in jobs:
         if job.state is State.QUEUED or job.ended:
             continue

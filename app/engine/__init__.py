@@ -1,1 +1,1 @@
-"""Domains, jobs and subscribers at work: the only place with concurrency."""
+"""DomainDirectory, jobs and subscribers at work: the only place with concurrency."""

@@ -18,16 +18,16 @@ import structlog
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag
-from app.core.happenings import Event
 from app.core.job import Job, State
+from app.core.machine.inputs import Input
+from app.core.machine.table import step
 from app.core.plan import CommitRequest, Facts, Plan, choose_layers, plan_commit
 from app.core.reconcile import valid_layers
-from app.core.transitions import step
-from app.engine.disks import Disks, disk_of
-from app.engine.host import Host
-from app.engine.jobs import Jobs
-from app.engine.link import Change, Link
-from app.engine.ports import DomainEvent, JobConflict, JournalFull, MonitorError, OnceKey, Registration, Webhook
+from app.engine.connection import Change, MonitorConnection
+from app.engine.disks import DomainDisks, disk_of
+from app.engine.jobs import DomainJobs
+from app.engine.ports import DomainEvent, IdempotencyKey, JobConflict, JournalFull, MonitorError, Registration, Webhook
+from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainState, DomainView
 
 log = structlog.get_logger(__name__)
@@ -48,14 +48,16 @@ class _Request:
 
 
 class Actor:
-    """One domain: its link, its disks, its unfinished jobs, and those who wait for an answer."""
+    """One domain: its connection, its disks, its unfinished jobs, and those who wait for an answer."""
 
-    def __init__(self, registration: Registration, host: Host, jobs: tuple[Job, ...] = ()) -> None:
+    def __init__(self, registration: Registration, shared: Shared, jobs: tuple[Job, ...] = ()) -> None:
         self.registration = registration
-        self.link = Link(registration, host.connector, host.clock, hint=self._hinted, stir=self._stir)
-        self.disks = Disks(registration, self.link, host.images)
-        self._host = host
-        self._jobs = Jobs(host, self.link, self.disks, jobs, self.wake)
+        self.connection = MonitorConnection(
+            registration, shared.connector, shared.clock, hint=self._hinted, on_progress=self._on_progress
+        )
+        self.disks = DomainDisks(registration, self.connection, shared.images)
+        self._shared = shared
+        self._jobs = DomainJobs(shared, self.connection, self.disks, jobs, self.wake)
         self._inbox: deque[_Request] = deque()
         self._woken = asyncio.Event()
         self._next_look = 0.0
@@ -75,16 +77,16 @@ class Actor:
 
     def view(self) -> DomainView:
         """The domain as it is known now; never waits."""
-        facts = self.link.facts
+        facts = self.connection.facts
         return DomainView(
             id=self.id,
             name=(facts.name if facts else None) or self.id,
             uuid=facts.uuid if facts else None,
-            state=self.link.state(),
+            state=self.connection.state(),
             version=facts.version if facts else None,
             pid=facts.process.pid if facts else None,
             managed_by=facts.managed_by if facts else None,
-            error=self.link.error,
+            error=self.connection.error,
             disks=tuple(disk.name for disk in self.disks.known),
         )
 
@@ -109,13 +111,13 @@ class Actor:
         self._jobs.look_soon = True
         self._woken.set()
 
-    def _stir(self) -> None:
+    def _on_progress(self) -> None:
         self._woken.set()
 
     def _hinted(self) -> None:
         if not self.jobs:
             # The guest may have been stopped, or run again.
-            self.link.hasten()
+            self.connection.probe_soon()
         self.wake()
 
     def stop(self) -> None:
@@ -131,38 +133,38 @@ class Actor:
             if self.registration.address is None:
                 # No attempt to connect will ever have it read, and others' merges must not touch its images.
                 await self.disks.read_offline()
-                self.link.tried.set()
+                self.connection.tried.set()
             while not self._stopping:
-                self.link.begin()
+                self.connection.begin()
                 await self._wait()
-                if self.link.pending:
-                    await self._changed(await self.link.end())
+                if self.connection.pending:
+                    await self._changed(await self.connection.end())
                 await self._serve_inbox()
-                await self._end_trouble()
-                if self._jobs.look_soon or self._host.clock.monotonic() >= self._next_look:
+                await self._handle_monitor_error()
+                if self._jobs.look_soon or self._shared.clock.monotonic() >= self._next_look:
                     await self._look()
-                    await self._end_trouble()
+                    await self._handle_monitor_error()
         finally:
-            await self.link.close()
+            await self.connection.close()
             self._jobs.release()
             for request in self._inbox:
                 if not request.answer.done():
                     request.answer.set_exception(Refused(_SHUTTING_DOWN))
 
     async def _wait(self) -> None:
-        if self._jobs.restless:
-            self._next_look = min(self._next_look, self._host.clock.monotonic() + POLL)
-        if not (self._inbox or self._jobs.look_soon or self.link.pending or self._stopping):
-            until = min(self._next_look, self.link.deadline)
+        if self._jobs.needs_polling:
+            self._next_look = min(self._next_look, self._shared.clock.monotonic() + POLL)
+        if not (self._inbox or self._jobs.look_soon or self.connection.pending or self._stopping):
+            until = min(self._next_look, self.connection.deadline)
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, until - self._host.clock.monotonic())):
+                async with asyncio.timeout(max(0.0, until - self._shared.clock.monotonic())):
                     await self._woken.wait()
         self._woken.clear()
 
-    async def _end_trouble(self) -> None:
-        trouble, self._jobs.trouble = self._jobs.trouble, None
-        if trouble is not None:
-            await self._changed(await self.link.fail(trouble))
+    async def _handle_monitor_error(self) -> None:
+        monitor_error, self._jobs.monitor_error = self._jobs.monitor_error, None
+        if monitor_error is not None:
+            await self._changed(await self.connection.fail(monitor_error))
 
     async def _changed(self, change: Change | None) -> None:
         match change:
@@ -172,11 +174,11 @@ class Actor:
                 if change is Change.LOST:
                     self._jobs.unqueue()
                     await self._tell(DomainEvent.DISCONNECTED)
-                if self.link.state() is DomainState.SHUTOFF:
+                if self.connection.state() is DomainState.SHUTOFF:
                     await self.disks.read_offline()
                 with suppress(JournalFull):
                     await self._jobs.find_gone()
-                self.link.tried.set()
+                self.connection.tried.set()
             case Change.HUNG:
                 await self._tell(DomainEvent.DISCONNECTED)
             case Change.AWAKE:
@@ -188,18 +190,18 @@ class Actor:
     async def _welcome(self) -> None:
         self._jobs.look_soon = True
         try:
-            guest_running = await self.link.require().guest_running()
+            guest_running = await self.connection.require().guest_running()
             await self.disks.read()
-            self.link.welcome(guest_running=guest_running)
-            await self._jobs.take_stock()
+            self.connection.welcome(guest_running=guest_running)
+            await self._jobs.find_orphans()
         except MonitorError as error:
-            self._jobs.trouble = error
-        self.link.tried.set()
+            self._jobs.monitor_error = error
+        self.connection.tried.set()
         await self._tell(DomainEvent.CONNECTED)
 
     async def _tell(self, event: DomainEvent) -> None:
         try:
-            await self._host.journal.tell_domain(event, self.id, self._host.render.domain(self.view()))
+            await self._shared.journal.tell_domain(event, self.id, self._shared.render.domain(self.view()))
         except JournalFull as error:
             log.error("event not stored", domain=self.id, event_type=event.value, error=str(error))
 
@@ -208,7 +210,7 @@ class Actor:
         try:
             await self._jobs.look()
         except MonitorError as error:
-            self._jobs.trouble = error
+            self._jobs.monitor_error = error
         except JournalFull as error:
             # Nothing was stored, so nothing was done: the same is seen and tried again at the next look.
             log.error("journal full", domain=self.id, error=str(error))
@@ -221,8 +223,8 @@ class Actor:
             try:
                 answer = await request.run()
             except MonitorError as error:
-                await self._changed(await self.link.fail(error))
-                _fail(request, Refused(self.link.refusal(error)))
+                await self._changed(await self.connection.fail(error))
+                _fail(request, Refused(self.connection.refusal(error)))
             except Exception as error:  # noqa: BLE001 - whatever it is, it is the caller's to see
                 _fail(request, error)
             else:
@@ -241,7 +243,7 @@ class Actor:
 
     async def _disk_view(self, disk: Disk) -> DiskView:
         unfinished = self._jobs_on(disk)
-        ended = await self._host.journal.modified_chains(self.id, disk.name)
+        ended = await self._shared.journal.modified_chains(self.id, disk.name)
         current = unfinished[0].id if unfinished else next(iter(disk.running_jobs), None)
         return DiskView(disk=disk, valid=valid_layers(disk, [*unfinished, *ended]), job=current)
 
@@ -255,7 +257,7 @@ class Actor:
         """
         self._check_usable()
         disk = await self.disks.find(name)
-        images, process = self._host.images, self.link.process
+        images, process = self._shared.images, self.connection.process
         names = [text for text in (request.top, request.base) if text is not None]
         chosen = choose_layers(
             disk,
@@ -266,16 +268,16 @@ class Actor:
         if isinstance(chosen, Problem):
             raise Refused(chosen)
         base, delete = chosen.base_layer, CommitFlag.DELETE in request.flags
-        await self._host.read_off()
-        doomed = {layer.file: layer.identity for layer in chosen.merged if delete}
+        await self._shared.read_off()
+        to_delete = {layer.file: layer.identity for layer in chosen.merged if delete}
         locked, free, is_device, undeletable = await asyncio.gather(
             images.locked(base.file, process),
             images.free_bytes(base.file, process),
             images.is_device(base.file, process),
-            images.undeletable(doomed, process),
+            images.undeletable(to_delete, process),
         )
         facts = Facts(
-            shared_with=self._host.base_user(self.id, disk, base),
+            shared_with=self._shared.base_user(self.id, disk, base),
             locked=locked,
             free=free,
             base_is_device=is_device,
@@ -293,7 +295,7 @@ class Actor:
         return plan
 
     def _check_usable(self) -> None:
-        facts = self.link.facts
+        facts = self.connection.facts
         if facts is not None and facts.managed_by is not None and not self.registration.allow_managed:
             raise Refused(
                 Problem(
@@ -302,7 +304,7 @@ class Actor:
                     "use its tools, or register the domain with `allow_managed: true`",
                 )
             )
-        if self.link.state() is DomainState.SHUTOFF:
+        if self.connection.state() is DomainState.SHUTOFF:
             raise Refused(
                 Problem(
                     code=Code.NOT_SUPPORTED,
@@ -310,7 +312,7 @@ class Actor:
                     "start the domain",
                 )
             )
-        missing = self.link.require().facts.missing
+        missing = self.connection.require().facts.missing
         if missing:
             raise Refused(
                 Problem(
@@ -320,11 +322,16 @@ class Actor:
             )
 
     async def commit(
-        self, name: str, request: CommitRequest, who: str, key: OnceKey | None = None, callback: Webhook | None = None
+        self,
+        name: str,
+        request: CommitRequest,
+        who: str,
+        key: IdempotencyKey | None = None,
+        callback: Webhook | None = None,
     ) -> Job:
         """Plan a commit, store its job, and start it if it has a place. Raises `Refused`, also with QEMU's refusal."""
         plan = await self.plan(name, request, exact=False)
-        job = plan.job(id_=self._host.new_id(), domain=self.id, requested_by=who, now=self._host.clock.now())
+        job = plan.job(id_=self._shared.new_id(), domain=self.id, requested_by=who, now=self._shared.clock.now())
         try:
             job = await self._jobs.add(job, key, None if callback is None else replace(callback, job_id=job.id))
         except JobConflict as conflict:
@@ -340,7 +347,7 @@ class Actor:
             raise Refused(refused)
         return job
 
-    async def steer(self, job_id: str, event: Event) -> tuple[Job, bool]:
+    async def steer(self, job_id: str, event: Input) -> tuple[Job, bool]:
         """Pass a person's wish to a job: (the job, whether it had an effect). Raises `Refused`."""
         job = await self._jobs.find(job_id)
         if job is None:
@@ -348,8 +355,8 @@ class Actor:
         # A wish that does not fit is refused before the monitor's state is.
         step(job, event, 0)
         if job.state is not State.QUEUED and not job.ended:
-            self.link.require()
-            if not self.link.is_with(job.process):
+            self.connection.require()
+            if not self.connection.is_with(job.process):
                 raise Refused(
                     Problem(
                         code=Code.MONITOR_UNREACHABLE,

@@ -5,25 +5,25 @@ from __future__ import annotations
 from app.core.chain import Disk, matching_disks
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
-from app.engine.link import Link
+from app.engine.connection import MonitorConnection
 from app.engine.ports import Images, Registration
 from app.engine.views import DomainState
 
 
-class Disks:
+class DomainDisks:
     """The disks of one domain; `known` is how they were when they were last read."""
 
-    def __init__(self, registration: Registration, link: Link, images: Images) -> None:
+    def __init__(self, registration: Registration, connection: MonitorConnection, images: Images) -> None:
         self.known: tuple[Disk, ...] = ()
         self._registration = registration
-        self._link = link
+        self._connection = connection
         self._images = images
 
     async def read(self) -> tuple[Disk, ...]:
         """All disks as they are now. Raises `Refused` where they can't be read, and what a monitor's call raises."""
-        if self._link.state() is DomainState.SHUTOFF:
+        if self._connection.state() is DomainState.SHUTOFF:
             return await self.read_offline()
-        monitor = self._link.require()
+        monitor = self._connection.require()
         self.known = () if monitor.facts.missing else await monitor.disks()
         return self.known
 
@@ -34,7 +34,7 @@ class Disks:
             try:
                 disks.append(await self._images.offline_disk(name, image))
             except Refused as refused:
-                self._link.error = refused.problem
+                self._connection.error = refused.problem
         self.known = tuple(disks)
         return self.known
 
@@ -45,7 +45,7 @@ class Disks:
     async def find(self, name: str) -> Disk:
         """The one disk that answers to `name`; raises `Refused` for none or several."""
         disks = await self.read()
-        identities = await self._images.identities([name], self._link.process)
+        identities = await self._images.identities([name], self._connection.process)
         found = matching_disks(disks, name, identities.get(name))
         if not found:
             known = ", ".join(disk.name for disk in disks) or "none"

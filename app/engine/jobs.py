@@ -11,18 +11,6 @@ import structlog
 
 from app.core.adopt import adopt
 from app.core.errors import Code, Problem
-from app.core.happenings import (
-    Accepted,
-    Checked,
-    CompleteDeclined,
-    CompleteTaken,
-    Event,
-    Gone,
-    Launch,
-    Observed,
-    Rejected,
-    Settled,
-)
 from app.core.job import (
     WITH_QEMU,
     Command,
@@ -36,14 +24,26 @@ from app.core.job import (
     State,
     Verdict,
 )
-from app.core.moves import Step, Told
+from app.core.machine.inputs import (
+    Accepted,
+    Checked,
+    CleanedUp,
+    CompleteDeclined,
+    CompleteTaken,
+    Gone,
+    Input,
+    Launch,
+    Observed,
+    Rejected,
+)
+from app.core.machine.reports import Step, StoredVersion
+from app.core.machine.table import start_job, step
 from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
-from app.core.transitions import start_job, step
-from app.engine.disks import Disks, disk_of
-from app.engine.host import Host
-from app.engine.link import Link
-from app.engine.ports import Declined, JobConflict, JournalFull, Monitor, MonitorError, OnceKey, Webhook
+from app.engine.connection import MonitorConnection
+from app.engine.disks import DomainDisks, disk_of
+from app.engine.ports import Declined, IdempotencyKey, JobConflict, JournalFull, Monitor, MonitorError, Webhook
+from app.engine.shared import Shared
 
 log = structlog.get_logger(__name__)
 
@@ -55,18 +55,25 @@ READING: Final = frozenset({Command.CHECK_CHAIN, Command.CHECK_IMAGES})
 """Commands that change nothing anywhere."""
 
 
-class Jobs:
+class DomainJobs:
     """The unfinished jobs of one domain. Only the domain's actor calls it.
 
-    `trouble` is what a monitor's call has met in the middle of a job's move; the actor deals with it afterwards, as
-    that may move jobs in turn. `look_soon` says that QEMU is to be asked again without waiting for the next poll.
+    `monitor_error` is what a monitor's call has met in the middle of a job's move. The actor deals with it afterwards,
+    as that may move jobs in turn. `look_soon` says that QEMU is to be asked again without waiting for the next poll.
     """
 
-    def __init__(self, host: Host, link: Link, disks: Disks, jobs: tuple[Job, ...], wake: Callable[[], None]) -> None:
-        self.trouble: MonitorError | None = None
+    def __init__(
+        self,
+        shared: Shared,
+        connection: MonitorConnection,
+        disks: DomainDisks,
+        jobs: tuple[Job, ...],
+        wake: Callable[[], None],
+    ) -> None:
+        self.monitor_error: MonitorError | None = None
         self.look_soon = False
-        self._host = host
-        self._link = link
+        self._shared = shared
+        self._connection = connection
         self._disks = disks
         self._wake = wake
         self._jobs = {job.id: job for job in jobs}
@@ -76,7 +83,7 @@ class Jobs:
         self._meters: dict[str, Meter] = {}
         self._progress_due: dict[str, float] = {}
         self._paused_since: dict[str, float] = {}
-        self._carry: Final[dict[Command, Callable[[Monitor, Job], Awaitable[Event | None]]]] = {
+        self._carry: Final[dict[Command, Callable[[Monitor, Job], Awaitable[Input | None]]]] = {
             Command.START: self._start,
             Command.COMPLETE: self._complete,
             Command.CANCEL: self._cancel,
@@ -88,50 +95,50 @@ class Jobs:
             Command.CHECK_CHAIN: self._check_chain,
         }
         for job in jobs:
-            host.live[job.id] = job
+            shared.live[job.id] = job
             if job.state is not State.QUEUED:
-                host.budget.occupy(job.id)
+                shared.budget.occupy(job.id)
 
     def all(self) -> tuple[Job, ...]:
         """The unfinished jobs, oldest first."""
         return tuple(self._jobs.values())
 
     @property
-    def restless(self) -> bool:
+    def needs_polling(self) -> bool:
         """Whether there is something to look at again without being told to."""
         return bool(self._jobs or self._strays)
 
     async def find(self, job_id: str) -> Job | None:
         """A job of any state."""
-        return self._jobs.get(job_id) or await self._host.journal.job(job_id)
+        return self._jobs.get(job_id) or await self._shared.journal.job(job_id)
 
     def release(self) -> None:
         """Forget the jobs without a change to them: they go on in QEMU, and are in the journal."""
         for job in self.all():
-            self._host.live.pop(job.id, None)
-            self._host.budget.leave(job.id)
+            self._shared.live.pop(job.id, None)
+            self._shared.budget.leave(job.id)
 
     def unqueue(self) -> None:
         """Let others pass while the domain can't be reached."""
         for job in self.all():
             if job.state is State.QUEUED:
-                self._host.budget.leave(job.id)
+                self._shared.budget.leave(job.id)
 
-    async def add(self, job: Job, key: OnceKey | None = None, callback: Webhook | None = None) -> Job:
+    async def add(self, job: Job, key: IdempotencyKey | None = None, callback: Webhook | None = None) -> Job:
         """Store a job that has just been planned, with its request's key and callback; start it if it has a place.
 
         Raises `JobConflict` and `JournalFull`; there is no job then.
         """
         # A job that waits is one of this QEMU's too, and ends with it.
-        job = replace(job, process=self._link.process)
+        job = replace(job, process=self._connection.process)
         first = start_job(job)
-        if self._host.budget.claim(job.id, self._wake):
-            launched = step(job, Launch(self._link.process), self._host.clock.now())
+        if self._shared.budget.claim(job.id, self._wake):
+            launched = step(job, Launch(self._connection.process), self._shared.clock.now())
             first = Step(launched.job, first.told + launched.told, launched.commands)
         try:
-            await self._host.journal.add_job(first.told, key, callback)
+            await self._shared.journal.add_job(first.told, key, callback)
         except BaseException:
-            self._host.budget.leave(job.id)
+            self._shared.budget.leave(job.id)
             raise
         job = self._keep(first.job)
         if not first.commands:
@@ -145,7 +152,7 @@ class Jobs:
             log.error("journal full", domain=job.domain, job=job.id, error=str(error))
             return job
 
-    async def advance(self, job: Job, event: Event) -> Job:
+    async def advance(self, job: Job, event: Input) -> Job:
         """Step, store, act, and go on with what comes of it.
 
         Where all that is to be done is to read, what follows from that is stored together with what led to it: a crash
@@ -153,13 +160,13 @@ class Jobs:
         changed then.
         """
         job = self._jobs.get(job.id, job)
-        events: deque[Event] = deque([event])
-        unstored: list[tuple[Step, Event]] = []
+        events: deque[Input] = deque([event])
+        unstored: list[tuple[Step, Input]] = []
         while events or unstored:
             commands: tuple[Command, ...] = ()
             if events:
                 event = events.popleft()
-                following = step(job, event, self._host.clock.now())
+                following = step(job, event, self._shared.clock.now())
                 job, commands = following.job, following.commands
                 unstored.append((following, event))
             if not commands or not READING.issuperset(commands):
@@ -171,26 +178,26 @@ class Jobs:
                     events.append(result)
         return job
 
-    async def _store(self, steps: Sequence[tuple[Step, Event]]) -> None:
+    async def _store(self, steps: Sequence[tuple[Step, Input]]) -> None:
         told = [each for following, _ in steps for each in following.told]
         if told:
-            await self._host.journal.store(told)
+            await self._shared.journal.store(told)
         for following, event in steps:
-            self._host.recovery.note(self._keep(following.job), event)
+            self._shared.recovery.note(self._keep(following.job), event)
 
     def _keep(self, job: Job) -> Job:
         if job.ended:
             self._jobs.pop(job.id, None)
-            self._host.live.pop(job.id, None)
-            self._host.budget.leave(job.id)
+            self._shared.live.pop(job.id, None)
+            self._shared.budget.leave(job.id)
             self._meters.pop(job.id, None)
             self._progress_due.pop(job.id, None)
             self._paused_since.pop(job.id, None)
             self._planned_now.discard(job.id)
             self._on_disk.discard(job.id)
         else:
-            self._jobs[job.id] = self._host.live[job.id] = job
-        self._host.hub.note_move()
+            self._jobs[job.id] = self._shared.live[job.id] = job
+        self._shared.hub.note_move()
         return job
 
     # Looking ----------------------------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ class Jobs:
     async def look(self) -> None:
         """Bring the journal's jobs and QEMU's together. Raises what a monitor's call raises, and `JournalFull`."""
         self.look_soon = False
-        monitor = self._link.usable
+        monitor = self._connection.usable
         if monitor is None:
             await self.find_gone()
             return
@@ -208,8 +215,8 @@ class Jobs:
         if any(job.state is not State.QUEUED for job in self.all()):
             await self._observe(monitor)
         for job in self.all():
-            if job.state is State.QUEUED and self._host.budget.claim(job.id, self._wake):
-                await self.advance(job, Launch(self._link.process))
+            if job.state is State.QUEUED and self._shared.budget.claim(job.id, self._wake):
+                await self.advance(job, Launch(self._connection.process))
 
     async def find_gone(self) -> None:
         """Where the QEMU process has ended, so have its jobs; an unreachable one may still be at work.
@@ -217,23 +224,23 @@ class Jobs:
         Another QEMU that answers in its place says nothing of them.
         """
         for job in self.all():
-            if not self._link.is_with(job.process) and self._link.is_gone(job.process):
+            if not self._connection.is_with(job.process) and self._connection.is_gone(job.process):
                 await self._end_with_qemu(job)
 
     async def _end_with_qemu(self, job: Job) -> Job:
-        said = self._link.last_words.get(job.id)
+        said = self._connection.last_words.get(job.id)
         if said is not None and job.state in WITH_QEMU:
             # QEMU told of the job's end before its own; nobody could ask it about that any more.
             await self.advance(job, said)
         return await self.advance(job, Gone())
 
-    async def take_stock(self) -> None:
+    async def find_orphans(self) -> None:
         """Of a QEMU that has just been connected to: which of its jobs are ours.
 
         Those whose end is stored are forgotten: the service died before it could say so. Those without a record are
         adopted at the next look.
         """
-        monitor = self._link.require()
+        monitor = self._connection.require()
         seen = await monitor.jobs()
         records = {id_: job for id_ in seen if (job := await self.find(id_)) is not None}
         for id_ in leftovers(seen, records):
@@ -246,41 +253,45 @@ class Jobs:
             try:
                 stray = await monitor.stray(id_)
                 if stray is None:
-                    self._host.recovery.unknown(id_, self._link.domain)
+                    self._shared.recovery.unknown(id_, self._connection.domain)
                     continue
-                now, process = self._host.clock.now(), monitor.facts.process
-                job = adopt(stray, id_=id_, domain=self._link.domain, process=process, now=now)
-                await self._host.journal.add_job([Told(EventType.ADOPTED, job)])
+                now, process = self._shared.clock.now(), monitor.facts.process
+                job = adopt(stray, id_=id_, domain=self._connection.domain, process=process, now=now)
+                await self._shared.journal.add_job([StoredVersion(EventType.ADOPTED, job)])
             except (MonitorError, JobConflict, JournalFull) as error:
                 # The journal may have another unfinished job on this disk, whose end is to be found first.
-                log.warning("not adopted yet", domain=self._link.domain, job=id_, error=str(error))
+                log.warning("not adopted yet", domain=self._connection.domain, job=id_, error=str(error))
                 self._strays.append(id_)
             else:
-                self._host.budget.occupy(id_)
-                self._host.recovery.adopted(self._keep(job))
+                self._shared.budget.occupy(id_)
+                self._shared.recovery.adopted(self._keep(job))
 
     async def _observe(self, monitor: Monitor) -> None:
-        now = self._host.clock.monotonic()
+        now = self._shared.clock.monotonic()
         seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
         for job in self.all():
             if job.id not in seen and job.id in monitor.last_words and job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.
                 seen[job.id] = monitor.last_words[job.id]
         # A QEMU that lives on without its monitor goes on with its jobs.
-        asked = [job for job in self.all() if self._link.is_with(job.process) or not self._link.is_alive(job.process)]
-        for job, event in reconcile(asked, seen, self._link.process):
+        asked = [
+            job
+            for job in self.all()
+            if self._connection.is_with(job.process) or not self._connection.is_alive(job.process)
+        ]
+        for job, event in reconcile(asked, seen, self._connection.process):
             after = await (self._end_with_qemu(job) if isinstance(event, Gone) else self.advance(job, event))
             moved = after.version == job.version and after.progress != job.progress
             # Hints and requests make looks more frequent than what is promised to subscribers.
             if moved and after.state in WITH_QEMU and now >= self._progress_due.get(job.id, 0.0):
                 self._progress_due[job.id] = now + PROGRESS
-                self._host.publish_progress(after)
+                self._shared.publish_progress(after)
 
     def _metered(self, id_: str, seen: Observed, now: float) -> Observed:
         if id_ not in self._jobs:
             return seen
         self._meters[id_], progress = self._meters.get(id_, Meter()).measure(seen.progress, now)
-        seen = replace(seen, progress=progress, process=self._link.process)
+        seen = replace(seen, progress=progress, process=self._connection.process)
         if seen.status not in ("paused", "standby"):
             self._paused_since.pop(id_, None)
             return seen
@@ -289,27 +300,27 @@ class Jobs:
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
-    async def _do(self, job: Job, command: Command) -> Event | None:
+    async def _do(self, job: Job, command: Command) -> Input | None:
         """Carry out a command; the event that follows, or None where the next look will tell."""
         # While it starts, and is not ready or at its end, there is nothing to see but how far it is.
         self.look_soon |= command is not Command.START
         try:
             if command is Command.CHECK_IMAGES:
                 return await self._check_images(job)
-            if command is Command.SETTLE:
-                return await self._settle(job)
-            monitor = self._link.usable
-            if monitor is None or self.trouble is not None:
+            if command is Command.CLEAN_UP:
+                return await self._clean_up(job)
+            monitor = self._connection.usable
+            if monitor is None or self.monitor_error is not None:
                 return None
             return await self._carry[command](monitor, job)
         except Declined as declined:
             log.warning("qemu declined", domain=job.domain, job=job.id, command=command.value, error=str(declined))
         except MonitorError as error:
             log.warning("command unanswered", domain=job.domain, job=job.id, command=command.value, error=str(error))
-            self.trouble = error
+            self.monitor_error = error
         return None
 
-    async def _start(self, monitor: Monitor, job: Job) -> Event:
+    async def _start(self, monitor: Monitor, job: Job) -> Input:
         if job.id not in self._planned_now:
             # It has waited, in the queue or over a restart: the chain may be another one by now.
             disk = disk_of(job, await self._disks.read())
@@ -327,7 +338,7 @@ class Jobs:
             return Rejected(declined.problem)
         return Accepted(monitor.facts.process)
 
-    async def _complete(self, monitor: Monitor, job: Job) -> Event:
+    async def _complete(self, monitor: Monitor, job: Job) -> Input:
         try:
             await monitor.complete(job.id)
         except Declined as declined:
@@ -356,7 +367,7 @@ class Jobs:
     async def _set_speed(self, monitor: Monitor, job: Job) -> None:
         await monitor.set_speed(job.id, job.bandwidth)
 
-    async def _check_chain(self, monitor: Monitor, job: Job) -> Event:
+    async def _check_chain(self, monitor: Monitor, job: Job) -> Input:
         disk = disk_of(job, await self._disks.read())
         if disk is None:
             # It has been unplugged; what was merged below the active layer shows in a header all the same.
@@ -378,10 +389,10 @@ class Jobs:
             return False
         return True
 
-    async def _check_images(self, job: Job) -> Event:
+    async def _check_images(self, job: Job) -> Input:
         below = None
         if job.overlay is not None:
-            below = await self._host.images.backing_of(job.overlay, job.work.identity(job.overlay))
+            below = await self._shared.images.backing_of(job.overlay, job.work.identity(job.overlay))
         proof = prove_by_header(job, *below) if below else prove_by_header(job, None)
         return Checked(proof, flushed=False)
 
@@ -390,20 +401,20 @@ class Jobs:
 
         Without that a file that can't be found is not known to be gone.
         """
-        seen = await self._host.images.identities([job.base], None)
+        seen = await self._shared.images.identities([job.base], None)
         return job.base in seen and seen[job.base] == job.work.identity(job.base)
 
-    async def _settle(self, job: Job) -> Event | None:
-        work, images = job.work, self._host.images
+    async def _clean_up(self, job: Job) -> Input | None:
+        work, images = job.work, self._shared.images
         merged = job.ending is State.COMPLETED
         kept = job.intent is Intent.KEEP
-        monitor = self._link.usable
-        ended = job.verdict is Verdict.GONE or self._link.is_gone(job.process)
+        monitor = self._connection.usable
+        ended = job.verdict is Verdict.GONE or self._connection.is_gone(job.process)
         if ended:
             chain = work.chain[: work.top] + work.chain[work.base :] if merged and not kept else work.chain
-            if merged and self._link.monitor is None:
+            if merged and self._connection.monitor is None:
                 self._disks.forget(job.disk)
-        elif monitor is None or self.trouble is not None:
+        elif monitor is None or self.monitor_error is not None:
             return None
         else:
             # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
@@ -413,12 +424,12 @@ class Jobs:
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else work.chain
         if merged and work.deletes:
-            await self._host.read_off()
-        doomed = {file: work.identity(file) for file in work.deletes if merged}
-        if ended and doomed and not await self._sees_as_qemu_did(job):
+            await self._shared.read_off()
+        to_delete = {file: work.identity(file) for file in work.deletes if merged}
+        if ended and to_delete and not await self._sees_as_qemu_did(job):
             why = "QEMU saw other files under these names than the service does, and has ended"
-            deleted, not_deleted = (), tuple(NotDeleted(file=file, reason=why) for file in doomed)
+            deleted, not_deleted = (), tuple(NotDeleted(file=file, reason=why) for file in to_delete)
         else:
-            deleted, not_deleted = await images.unlink(doomed, job.process, self._host.image_user)
+            deleted, not_deleted = await images.unlink(to_delete, job.process, self._shared.image_user)
         invalidated = work.invalidates if merged else ()
-        return Settled(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))
+        return CleanedUp(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
-from app.core.adopt import Stray
+from app.core.adopt import OrphanJob
 from app.core.chain import Disk, Identity
 from app.core.errors import Problem
-from app.core.happenings import Observed
 from app.core.job import Job, NotDeleted, Process, State
-from app.core.moves import Told
+from app.core.machine.inputs import Observed
+from app.core.machine.reports import StoredVersion
+from app.core.outgoing import Answer, DeliveryState
 from app.core.plan import Selection
-from app.core.webhooks import Answer, DeliveryState
 
 
 class MonitorError(Exception):
@@ -106,7 +106,7 @@ class Monitor(Protocol):
         """Every job that QEMU has, anybody's, by id."""
         ...
 
-    async def stray(self, job_id: str) -> Stray | None:
+    async def stray(self, job_id: str) -> OrphanJob | None:
         """What a job works on of which there is no record; None where QEMU's graph does not tell."""
         ...
 
@@ -323,7 +323,7 @@ class JobConflict(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnceKey:
+class IdempotencyKey:
     """A request's Idempotency-Key: a client's (`who` is the name of its token), and the digest of what it asks for."""
 
     who: str
@@ -332,7 +332,7 @@ class OnceKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class StoredAnswer:
     """What a request under a key has led to. Without an answer the service ended before there was one."""
 
     fingerprint: str
@@ -478,22 +478,24 @@ class Journal(Protocol):
         """
         ...
 
-    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None, callback: Webhook | None = None) -> None:
+    async def add_job(
+        self, told: Sequence[StoredVersion], key: IdempotencyKey | None = None, callback: Webhook | None = None
+    ) -> None:
         """Store a new job, version by version, with the key of the request that asked for it, and its callback.
 
         Raises `JobConflict` where the disk has an unfinished one.
         """
         ...
 
-    async def kept(self, key: OnceKey, *, since: int) -> Kept | None:
+    async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
         """What a key of that name led to, if it was stored at `since` (ms since 1970) or later."""
         ...
 
-    async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
+    async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
         """Store the answer to the request that a key came with."""
         ...
 
-    async def store(self, told: Sequence[Told]) -> None:
+    async def store(self, told: Sequence[StoredVersion]) -> None:
         """Store versions of one job, in order, each with its event if it has one."""
         ...
 

@@ -9,8 +9,8 @@ from typing import Final
 
 import structlog
 
-from app.core.happenings import Accepted, Event, Observed
 from app.core.job import Job, State
+from app.core.machine.inputs import Accepted, Input, Observed
 from app.core.reconcile import how_proven
 from app.engine.ports import Clock
 
@@ -76,7 +76,7 @@ class Recovery:
         if self._findings:
             log.info("recovering", unfinished=len(self._findings))
 
-    def note(self, job: Job, event: Event) -> None:
+    def note(self, job: Job, event: Input) -> None:
         """A job has moved to where it is now, by `event`."""
         finding = self._findings.get(job.id)
         if finding is None or finding.found is not Found.WAITING:

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import Abort, Event, Pause, Pivot, Resolve, Resume, SetSpeed
 from app.core.job import Job, State
+from app.core.machine.inputs import Abort, Input, Pause, Pivot, Resolve, Resume, SetSpeed
 from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
-from app.engine.host import Host
-from app.engine.once import Once
-from app.engine.ports import EventFilter, JobFilter, OnceKey, Registration, StoredEvent, Webhook
+from app.engine.domains import DomainDirectory
+from app.engine.idempotency import IdempotencyKeys
+from app.engine.ports import EventFilter, IdempotencyKey, JobFilter, Registration, StoredEvent, Webhook
 from app.engine.recovery import Recovery
-from app.engine.supervisor import Supervisor
+from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainView
-from app.engine.webhooks import Webhooks
+from app.engine.webhooks import WebhookUseCases
 
 HISTORY_PAGE = 1000
 
@@ -35,47 +35,47 @@ class Counts:
 class Service:
     """Every use case of blockjobd. All raise `Refused` where a request can't be served."""
 
-    def __init__(self, host: Host, supervisor: Supervisor, webhooks: Webhooks) -> None:
-        self.hub = host.hub
+    def __init__(self, shared: Shared, domains: DomainDirectory, webhooks: WebhookUseCases) -> None:
+        self.hub = shared.hub
         self.webhooks = webhooks
-        self.once = Once(host.journal, host.clock)
-        self._host = host
-        self._supervisor = supervisor
+        self.once = IdempotencyKeys(shared.journal, shared.clock)
+        self._shared = shared
+        self._domains = domains
 
     # Domains and disks ------------------------------------------------------------------------------------------------
 
     async def domains(self) -> Sequence[DomainView]:
         """Every known domain, by id."""
-        return [actor.view() for _id, actor in sorted(self._supervisor.actors.items())]
+        return [actor.view() for _id, actor in sorted(self._domains.actors.items())]
 
     async def domain(self, domain: str) -> DomainView:
         """One domain."""
-        return self._supervisor.find(domain).view()
+        return self._domains.find(domain).view()
 
     async def register(self, registration: Registration) -> tuple[DomainView, bool]:
         """Register a domain, or register it anew: (the domain, whether it is new)."""
-        actor, new = await self._supervisor.register(registration)
+        actor, new = await self._domains.register(registration)
         return actor.view(), new
 
     async def forget(self, domain: str) -> None:
         """Forget a domain."""
-        await self._supervisor.forget(domain)
+        await self._domains.forget(domain)
 
     async def disks(self, domain: str) -> Sequence[DiskView]:
         """The domain's disks, as they are now."""
-        actor = self._supervisor.find(domain)
+        actor = self._domains.find(domain)
         return await actor.call(actor.read_disk_views)
 
     async def disk(self, domain: str, disk: str) -> DiskView:
         """One disk, as it is now."""
-        actor = self._supervisor.find(domain)
+        actor = self._domains.find(domain)
         return await actor.call(lambda: actor.read_disk_view(disk))
 
     # Commit -----------------------------------------------------------------------------------------------------------
 
     async def plan_commit(self, domain: str, disk: str, request: CommitRequest) -> Plan:
         """What a commit would do; nothing changes."""
-        actor = self._supervisor.find(domain)
+        actor = self._domains.find(domain)
         return await actor.call(lambda: actor.plan(disk, request, exact=True))
 
     async def commit(
@@ -85,18 +85,18 @@ class Service:
         request: CommitRequest,
         *,
         who: str,
-        key: OnceKey | None = None,
+        key: IdempotencyKey | None = None,
         callback: Webhook | None = None,
     ) -> Job:
         """Start a commit; `who` is the name of the caller's token, `key` and `callback` are stored with the job."""
-        actor = self._supervisor.find(domain)
+        actor = self._domains.find(domain)
         return await actor.call(lambda: actor.commit(disk, request, who, key, callback))
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 
     async def job(self, job_id: str) -> Job:
         """A job as it is now."""
-        job = self._host.live.get(job_id) or await self._host.journal.job(job_id)
+        job = self._shared.live.get(job_id) or await self._shared.journal.job(job_id)
         if job is None:
             raise Refused(
                 Problem(code=Code.JOB_NOT_FOUND, detail=f"there is no job {job_id!r}; GET /jobs lists those there are")
@@ -105,18 +105,18 @@ class Service:
 
     async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
         """Jobs, newest first, and the cursor of the next page."""
-        jobs, cursor = await self._host.journal.jobs(wanted)
+        jobs, cursor = await self._shared.journal.jobs(wanted)
         return [self._latest(job) for job in jobs], cursor
 
     def _latest(self, job: Job) -> Job:
         """The job with its live progress."""
-        live = self._host.live.get(job.id)
+        live = self._shared.live.get(job.id)
         return live if live is not None and live.version == job.version else job
 
     async def history(self, job_id: str) -> Sequence[StoredEvent]:
         """The stored events of a job, oldest first."""
         await self.job(job_id)
-        return await self._host.journal.events(EventFilter(job_id=job_id), after=0, limit=HISTORY_PAGE)
+        return await self._shared.journal.events(EventFilter(job_id=job_id), after=0, limit=HISTORY_PAGE)
 
     async def wait(self, job_id: str, seconds: float) -> Job:
         """The job once it has ended, is ready or paused, or once the seconds are over."""
@@ -155,12 +155,12 @@ class Service:
         """Record a person's verdict on a lost job."""
         return (await self._steer(job_id, Resolve(outcome, who)))[0]
 
-    async def _steer(self, job_id: str, event: Event) -> tuple[Job, bool]:
+    async def _steer(self, job_id: str, event: Input) -> tuple[Job, bool]:
         job = await self.job(job_id)
-        actor = self._supervisor.actors.get(job.domain)
+        actor = self._domains.actors.get(job.domain)
         if actor is None:
             # Its domain is forgotten, so the job has ended: what a step says of it needs no monitor.
-            actor = Actor(Registration(id=job.domain), self._host)
+            actor = Actor(Registration(id=job.domain), self._shared)
             return await actor.steer(job_id, event)
         return await actor.call(lambda: actor.steer(job_id, event))
 
@@ -170,23 +170,23 @@ class Service:
         """Raise `Refused` where a stream of these events can't be served."""
         self.hub.check_room()
         if wanted.domain is not None:
-            self._supervisor.find(wanted.domain)
+            self._domains.find(wanted.domain)
         if wanted.job_id is not None:
             await self.job(wanted.job_id)
 
     async def readiness(self) -> Mapping[str, str | None]:
         """Each check with None, or with why the service should get no requests."""
-        return {"journal": await self._host.journal.check(), "shutdown": "in progress" if self.hub.closed else None}
+        return {"journal": await self._shared.journal.check(), "shutdown": "in progress" if self.hub.closed else None}
 
     def recovery(self) -> Recovery:
         """What was found after the start."""
-        return self._host.recovery
+        return self._shared.recovery
 
     def counts(self) -> Counts:
         """Figures for the metrics."""
-        views = [actor.view() for actor in self._supervisor.actors.values()]
+        views = [actor.view() for actor in self._domains.actors.values()]
         return Counts(
-            jobs=Counter(job.state.value for job in self._host.live.values()),
+            jobs=Counter(job.state.value for job in self._shared.live.values()),
             domains=Counter(view.state.value for view in views),
             subscribers=self.hub.subscribers,
         )

@@ -1,4 +1,4 @@
-"""Domains and disks as the outside sees them."""
+"""DomainDirectory and disks as the outside sees them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Render(Protocol):
         ...
 
 
-class Letters(Protocol):
+class EventRenderer(Protocol):
     """How what webhooks are sent is written."""
 
     def event(self, event: StoredEvent) -> str:

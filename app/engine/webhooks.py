@@ -7,29 +7,29 @@ from dataclasses import replace
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused, invalid
-from app.core.webhooks import ROTATION
+from app.core.outgoing import ROTATION
 from app.engine.ports import Clock, Delivery, Outbox, Sender, Webhook
-from app.engine.postman import Postman
+from app.engine.webhook_sender import WebhookSender
 
 WEBHOOKS_MAX: Final = 1000
-"""Webhooks for all jobs that there may be; each costs a row for each event."""
+"""WebhookUseCases for all jobs that there may be; each costs a row for each event."""
 
 
-class Webhooks:
+class WebhookUseCases:
     """Every use case. All raise `Refused` where a request can't be served, and `JournalFull`."""
 
     def __init__(
         self,
         *,
         outbox: Outbox,
-        postman: Postman,
+        webhook_sender: WebhookSender,
         sender: Sender,
         clock: Clock,
         new_id: Callable[[], str],
         new_secret: Callable[[], str],
     ) -> None:
         self._outbox = outbox
-        self._postman = postman
+        self._webhook_sender = webhook_sender
         self._sender = sender
         self._clock = clock
         self._new_id = new_id
@@ -74,7 +74,7 @@ class Webhooks:
         """Delete a webhook; nothing is sent to it any more."""
         if not await self._outbox.remove(webhook_id):
             raise Refused(_unknown(webhook_id))
-        await self._postman.drop(webhook_id)
+        await self._webhook_sender.drop(webhook_id)
 
     async def rotate(self, webhook_id: str, secret: str | None) -> Webhook:
         """Give a webhook a new secret; the old one signs as well for a day."""
@@ -87,7 +87,7 @@ class Webhooks:
         """Send a disabled webhook all that it has missed, in order; one that waits for its next attempt, at once."""
         if not await self._outbox.enable(webhook_id, now=self._clock.now()):
             raise Refused(_unknown(webhook_id))
-        self._postman.wake([webhook_id])
+        self._webhook_sender.wake([webhook_id])
         return await self.webhook(webhook_id)
 
     async def deliveries(
@@ -107,7 +107,7 @@ class Webhooks:
         if delivery is None:
             detail = f"{webhook_id} has no delivery {delivery_id!r}; GET /webhooks/{webhook_id}/deliveries lists them"
             raise Refused(Problem(code=Code.DELIVERY_NOT_FOUND, detail=detail))
-        self._postman.wake([webhook_id])
+        self._webhook_sender.wake([webhook_id])
         return delivery
 
 

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from app.core.job import Job, State
-from app.core.moves import Told
-from app.engine.once import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
+from app.core.machine.reports import StoredVersion
+from app.engine.idempotency import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
 from app.engine.ports import (
     Clock,
     DomainEvent,
     EventFilter,
+    IdempotencyKey,
     JobConflict,
     JobFilter,
     JournalFull,
-    Kept,
-    OnceKey,
     Registration,
+    StoredAnswer,
     StoredEvent,
     Webhook,
 )
@@ -110,7 +110,9 @@ class SqliteJournal:
 
     # Writes -------------------------------------------------------------------------------------------------------
 
-    async def add_job(self, told: Sequence[Told], key: OnceKey | None = None, callback: Webhook | None = None) -> None:
+    async def add_job(
+        self, told: Sequence[StoredVersion], key: IdempotencyKey | None = None, callback: Webhook | None = None
+    ) -> None:
         """Store a new job, version by version, with the key of the request that asked for it, and its callback.
 
         Raises `JobConflict` where the disk has an unfinished one.
@@ -143,7 +145,7 @@ class SqliteJournal:
 
         await self.write(add)
 
-    async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
+    async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
         """Store the answer to the request that a key came with; the first one stays."""
         await self.write(
             lambda connection, _events: connection.execute(
@@ -152,7 +154,7 @@ class SqliteJournal:
             )
         )
 
-    async def store(self, told: Sequence[Told]) -> None:
+    async def store(self, told: Sequence[StoredVersion]) -> None:
         """Store versions of one job, in order, each with its event if it has one.
 
         Raises `LostUpdate` where the first is not the one after the stored version; nothing is stored then.
@@ -252,7 +254,7 @@ class SqliteJournal:
                 kept.popitem(last=False)
         return job
 
-    async def kept(self, key: OnceKey, *, since: int) -> Kept | None:
+    async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
         """What a key of that name led to, if it was stored at `since` or later."""
         rows = await self.read(
             "SELECT fingerprint, job_id, status, body FROM idempotency_keys"
@@ -260,7 +262,7 @@ class SqliteJournal:
             {"who": key.who, "key": key.key, "since": since},
         )
         for fingerprint, job_id, status, body in rows:
-            return Kept(fingerprint=fingerprint, job_id=job_id, status=status, body=body)
+            return StoredAnswer(fingerprint=fingerprint, job_id=job_id, status=status, body=body)
         return None
 
     async def unfinished(self) -> Sequence[Job]:
@@ -343,7 +345,7 @@ class SqliteJournal:
 
     # How ----------------------------------------------------------------------------------------------------------
 
-    def _update(self, connection: sqlite3.Connection, told: Sequence[Told], events: list[StoredEvent]) -> None:
+    def _update(self, connection: sqlite3.Connection, told: Sequence[StoredVersion], events: list[StoredEvent]) -> None:
         for each in told:
             job = each.job
             changed = connection.execute(
@@ -354,7 +356,7 @@ class SqliteJournal:
                 raise LostUpdate(f"version {job.version} of the job {job.id} does not follow the stored one")
             self._tell(connection, each, events)
 
-    def _tell(self, connection: sqlite3.Connection, told: Told, events: list[StoredEvent]) -> None:
+    def _tell(self, connection: sqlite3.Connection, told: StoredVersion, events: list[StoredEvent]) -> None:
         if told.type is not None:
             job = told.job
             data = self._render.job(job)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter
 
-from app.core.webhooks import Answer, DeliveryState
+from app.core.outgoing import Answer, DeliveryState
 from app.engine.ports import WEBHOOK_DISABLED, Clock, Delivery, StoredEvent, Webhook
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Final
 
 import httpx
 
-from app.core.webhooks import Answer, Network, address_error
+from app.core.outgoing import Answer, Network, address_error
 
 RESOLVE: Final = 5.0
 """Seconds that a host's name may take to be resolved."""

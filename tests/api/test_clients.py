@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from app.api.metrics import Metrics
-from app.api.observe import ABORT, Observed
+from app.api.observe import ABORT, RequestObserver
 from app.api.server import Server
 from app.engine.hub import Hub
 from app.engine.ports import StoredEvent
@@ -86,7 +86,7 @@ def test_a_client_that_takes_nothing_is_disconnected() -> None:
 
     async def main() -> None:
         async with asyncio.timeout(10):
-            await Observed(answer, Metrics(None, "1"), stalled=0.1)(scope, receive, send_once_cut)
+            await RequestObserver(answer, Metrics(None, "1"), stalled=0.1)(scope, receive, send_once_cut)
 
     with capture_logs() as logs:
         asyncio.run(main())

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from app.core.errors import CANCELED, OUT_OF_SPACE, Problem, qemu_problem
-from app.core.happenings import Observed
 from app.core.job import OnError, Process, Progress
+from app.core.machine.inputs import Observed
 
 SIZE: Final = 100
 

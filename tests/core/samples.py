@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Problem
-from app.core.happenings import Event
 from app.core.job import Job, OnError, OnReady, Process
-from app.core.moves import Step
+from app.core.machine.inputs import Input
+from app.core.machine.reports import Step
+from app.core.machine.table import start_job, step
 from app.core.plan import CommitRequest, Facts, Plan, Selection, choose_layers, commit_request, plan_commit
-from app.core.transitions import start_job, step
 
 GIB = 1 << 30
 PROCESS = Process(pid=4242, started=1000, uuid="4f4b6a5e-0000-4000-8000-000000000001")
@@ -129,7 +129,7 @@ class Story:
         self.last = tuple(str(command) for command in following.commands)
         return self.last
 
-    def on(self, event: Event) -> tuple[str, ...]:
+    def on(self, event: Input) -> tuple[str, ...]:
         """What the job asks for after `event`."""
         self.now += 1
         return self._take(step(self.job, event, self.now))

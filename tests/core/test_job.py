@@ -6,25 +6,6 @@ from typing import get_args
 import pytest
 
 from app.core.errors import CANCELED, OUT_OF_SPACE, Code, Problem, Refused, qemu_problem
-from app.core.happenings import (
-    Abort,
-    Absent,
-    Accepted,
-    Checked,
-    CompleteDeclined,
-    CompleteTaken,
-    Event,
-    Gone,
-    Launch,
-    Observed,
-    Pause,
-    Pivot,
-    Rejected,
-    Resolve,
-    Resume,
-    SetSpeed,
-    Settled,
-)
 from app.core.job import (
     ACTIONS,
     ENDED,
@@ -43,16 +24,35 @@ from app.core.job import (
     State,
     Verdict,
 )
-from app.core.moves import FOREIGN_PAUSE, PIVOT_ATTEMPTS
+from app.core.machine.inputs import (
+    Abort,
+    Absent,
+    Accepted,
+    Checked,
+    CleanedUp,
+    CompleteDeclined,
+    CompleteTaken,
+    Gone,
+    Input,
+    Launch,
+    Observed,
+    Pause,
+    Pivot,
+    Rejected,
+    Resolve,
+    Resume,
+    SetSpeed,
+)
+from app.core.machine.reports import FOREIGN_PAUSE, PIVOT_ATTEMPTS
+from app.core.machine.table import IGNORED, TRANSITIONS, start_job, step
 from app.core.reconcile import prove_by_header
-from app.core.transitions import IGNORED, TRANSITIONS, start_job, step
 from tests.core.samples import FILES, PROCESS, Story, active_job, intermediate_job, job_for, request
 
-EVENTS: tuple[type[Event], ...] = get_args(Event)
+EVENTS: tuple[type[Input], ...] = get_args(Input)
 REQUESTS = (Pivot, Abort, Pause, Resume, SetSpeed, Resolve)
 NO = Problem(code=Code.QEMU_ERROR, detail="no")
-DONE = Settled(Result(chain=("/images/base.qcow2",)))
-SAMPLES: dict[type[Event], Event] = {
+DONE = CleanedUp(Result(chain=("/images/base.qcow2",)))
+SAMPLES: dict[type[Input], Input] = {
     Launch: Launch(),
     Accepted: Accepted(PROCESS),
     Rejected: Rejected(NO),
@@ -60,7 +60,7 @@ SAMPLES: dict[type[Event], Event] = {
     Absent: Absent(),
     Gone: Gone(),
     Checked: Checked(Proof.UNKNOWN),
-    Settled: DONE,
+    CleanedUp: DONE,
     CompleteTaken: CompleteTaken(),
     CompleteDeclined: CompleteDeclined(NO),
     Pivot: Pivot(),
@@ -103,7 +103,7 @@ def ready(job: Job) -> Story:
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("state", State)
-def test_every_pair_is_in_the_table_or_ignored_with_a_reason(state: State, event: type[Event]) -> None:
+def test_every_pair_is_in_the_table_or_ignored_with_a_reason(state: State, event: type[Input]) -> None:
     """What an event does in a state is decided for every pair; one that does nothing has its reason written down."""
     if (state, event) in TRANSITIONS:
         return
@@ -145,7 +145,7 @@ ANSWERS: dict[State, dict[str, Code | None]] = {
         State.CANCELED: (None, *(Code.JOB_FINISHED,) * 4),
     }.items()
 }
-ASKED: dict[str, Event] = {
+ASKED: dict[str, Input] = {
     "abort": Abort(),
     "pivot": Pivot(),
     "pause": Pause(),
@@ -213,7 +213,7 @@ def test_actions_are_taken(state: State, job: Job) -> None:
 
 @pytest.mark.parametrize("state", [State.COMPLETED, State.FAILED, State.CANCELED, State.LOST])
 @pytest.mark.parametrize("event", [event for event in EVENTS if event not in REQUESTS])
-def test_an_ended_job_never_changes(state: State, event: type[Event]) -> None:
+def test_an_ended_job_never_changes(state: State, event: type[Input]) -> None:
     """Whatever QEMU or the engine says later, an outcome is final."""
     job = at(state)
     assert step(job, SAMPLES[event], 200).job is job
@@ -266,7 +266,7 @@ def test_an_inner_commit_from_queue_to_end() -> None:
     assert story.on(Checked(Proof.MERGED, ("/images/s3.qcow2", "/images/base.qcow2"))) == ("settle",)
     assert (story.job.state, story.job.ending) == (State.CONCLUDING, State.COMPLETED)
     result = Result(chain=("/images/s3.qcow2", "/images/base.qcow2"), invalidated=FILES[1:3], deleted=FILES[1:3])
-    assert story.on(Settled(result)) == ()
+    assert story.on(CleanedUp(result)) == ()
     assert story.told == ["queued", "started", "completed"]
     job = story.job
     assert (job.state, job.result, job.error, job.data_state) == (State.COMPLETED, result, None, DataState.MERGED)
@@ -792,7 +792,7 @@ def test_qemu_ends_in_the_middle(state: State) -> None:
 
 
 @pytest.mark.parametrize("end", [seen("concluded", error=CANCELED), Absent(), Gone()])
-def test_a_paused_job_that_ends_is_not_paused_any_more(end: Event) -> None:
+def test_a_paused_job_that_ends_is_not_paused_any_more(end: Input) -> None:
     """The reason of a pause goes with the pause, before the outcome is known."""
     story = started(active_job(on_error=OnError.STOP))
     story.on(seen("paused", io_status="failed"))
@@ -839,7 +839,7 @@ def test_nothing_is_deleted_before_the_base_is_on_the_disk(*, flushed: bool) -> 
     story.on(seen("concluded"))
     assert story.on(Checked(Proof.MERGED, flushed=flushed)) == ("settle",)
     assert story.job.work.deletes == (job.work.deletes if flushed else ())
-    story.on(Settled(Result(chain=FILES)))
+    story.on(CleanedUp(Result(chain=FILES)))
     assert story.job.state is State.COMPLETED
     assert story.job.result is not None
     assert [left.file for left in story.job.result.not_deleted] == ([] if flushed else list(job.work.deletes))
@@ -855,7 +855,7 @@ def test_images_that_could_not_be_deleted_are_in_the_result() -> None:
         story = started(job)
         story.on(seen("concluded", error=verdict_error))
         story.on(Checked(Proof.MERGED))
-        story.on(Settled(Result(chain=FILES, not_deleted=(late,))))
+        story.on(CleanedUp(Result(chain=FILES, not_deleted=(late,))))
         assert story.job.result is not None
         assert story.job.result.not_deleted == expected
 
@@ -977,7 +977,7 @@ def test_the_start_is_lost_and_the_chain_is_another() -> None:
     ],
 )
 def test_a_crash_between_storing_and_acting_loses_no_command(
-    before: tuple[Event, ...], wish: Event, after: Event, command: str
+    before: tuple[Input, ...], wish: Input, after: Input, command: str
 ) -> None:
     """The wish is stored, the service dies before it acts, and the next look sends the command again."""
     story = started(active_job())

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import (
+from app.core.job import Command, EventType, Intent, Job, OnError, OnReady, Result, State
+from app.core.machine.inputs import (
     Abort,
     Accepted,
     Checked,
+    CleanedUp,
     CompleteDeclined,
     CompleteTaken,
-    Event,
     Gone,
+    Input,
     Launch,
     Observed,
     Pause,
@@ -28,12 +30,10 @@ from app.core.happenings import (
     Rejected,
     Resume,
     SetSpeed,
-    Settled,
 )
-from app.core.job import Command, EventType, Intent, Job, OnError, OnReady, Result, State
-from app.core.moves import Step, Told
+from app.core.machine.reports import Step, StoredVersion
+from app.core.machine.table import start_job, step
 from app.core.reconcile import prove, prove_by_header, reconcile
-from app.core.transitions import start_job, step
 from tests.core.model import Qemu, QemuRefuses
 from tests.core.samples import FILES, NODES, PROCESS, active_job, intermediate_job
 
@@ -62,7 +62,7 @@ class Service:
 
     def __init__(self, job: Job, qemu: Qemu) -> None:
         self.qemu = qemu
-        self.told: list[Told] = []
+        self.told: list[StoredVersion] = []
         self.faults: deque[str] = deque()
         self.now = job.created_at
         self.paused_looks = 0
@@ -84,7 +84,7 @@ class Service:
         self.paused_looks = 0
         self.planned_now = False
 
-    def advance(self, event: Event) -> None:
+    def advance(self, event: Input) -> None:
         """Step, store, act, and go on with what comes of it."""
         events = deque([event])
         while events:
@@ -110,13 +110,13 @@ class Service:
             return True
         return False
 
-    def _act(self, command: Command) -> Event | None:
+    def _act(self, command: Command) -> Input | None:
         if self._fault("die"):
             raise ServiceDies
         if command is Command.CHECK_IMAGES:
             return Checked(prove_by_header(self.job, self._overlay_backing()), flushed=False)
-        if command is Command.SETTLE:
-            return self._settle()
+        if command is Command.CLEAN_UP:
+            return self._clean_up()
         if not self.qemu.up or self._fault("lost"):
             raise Unanswered
         result = self._send(command)
@@ -124,7 +124,7 @@ class Service:
             raise Unanswered
         return result
 
-    def _send(self, command: Command) -> Event | None:
+    def _send(self, command: Command) -> Input | None:
         id_, qemu = self.job.id, self.qemu
         match command:
             case Command.START:
@@ -159,7 +159,7 @@ class Service:
             case _:
                 assert command is Command.SET_SPEED
 
-    def _start(self) -> Event:
+    def _start(self) -> Input:
         job = self.job
         if not self.planned_now and self.qemu.chain != job.work.nodes:
             return Rejected(Problem(code=Code.CHAIN_CHANGED, detail="another chain"))
@@ -177,14 +177,14 @@ class Service:
         below = self.qemu.chain[self.qemu.chain.index(NODES[self.job.work.top - 1]) + 1]
         return FILES[NODES.index(below)]
 
-    def _settle(self) -> Event:
+    def _clean_up(self) -> Input:
         job = self.job
         if job.ending is State.COMPLETED:
             # Here images are deleted and nodes released: never before the merge, or the copy, is a fact.
             assert self.really_done(), "nothing is tidied away before the proof"
         if self.qemu.up and job.id in self.qemu.jobs and self.qemu.jobs[job.id].status == "concluded":
             self.qemu.dismiss(job.id)
-        return Settled(Result(chain=FILES))
+        return CleanedUp(Result(chain=FILES))
 
     def really_done(self) -> bool:
         """Whether what the job was for has happened to the data."""
@@ -192,7 +192,7 @@ class Service:
         merged = self.qemu.chain == NODES[: work.top] + NODES[work.base :]
         return merged or (self.job.intent is Intent.KEEP and self.qemu.kept)
 
-    def look(self) -> Event | None:
+    def look(self) -> Input | None:
         """Read the truth and bring the job in line; the event that came of it."""
         job, qemu = self.job, self.qemu
         if job.ended:
@@ -212,7 +212,7 @@ class Service:
             return event
         return None
 
-    def ask(self, wish: Event) -> None:
+    def ask(self, wish: Input) -> None:
         """Pass on what a caller wants; a refusal changes nothing."""
         before = self.job
         try:
@@ -233,7 +233,7 @@ class JobMachine(RuleBasedStateMachine):
 
     service: Service
     qemu: Qemu
-    last: Event | None
+    last: Input | None
     old: Observed | None
     processes: int
     trouble: int
@@ -301,7 +301,7 @@ class JobMachine(RuleBasedStateMachine):
         wish=st.sampled_from([Pivot(), Pivot(), Abort(), Abort(force=True), Pause(), Resume(), SetSpeed(1)]),
         fault=st.sampled_from([None, None, *FAULTS]),
     )
-    def somebody_asks(self, wish: Event, fault: str | None) -> None:
+    def somebody_asks(self, wish: Input, fault: str | None) -> None:
         """A caller steers the job, whatever state it is in; what follows from it may meet trouble."""
         self.go_wrong(fault)
         self.service.ask(wish)

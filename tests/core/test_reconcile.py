@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from app.core.chain import Disk, Identity
-from app.core.happenings import Absent, Gone, Observed
 from app.core.job import DataState, Intent, Job, OnReady, Process, Progress, Proof, State, Verdict
+from app.core.machine.inputs import Absent, Gone, Observed
 from app.core.reconcile import (
     how_proven,
     leftovers,

@@ -23,7 +23,7 @@ from schemathesis.specs.openapi import checks
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
-from app.core.webhooks import new_secret, url_error
+from app.core.outgoing import new_secret, url_error
 from tests.fuzz.world import DOMAINS, GONE, MACHINES, World
 from tests.support.service import JSON
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.core.job import EventType
-from app.core.moves import Told
+from app.core.machine.reports import StoredVersion
 
 from .support import heard_by, opened
 
@@ -25,7 +25,7 @@ async def main(state_dir: Path, job_id: str) -> None:
         while True:
             paused = replace(job, version=job.version + 1)
             job = replace(job, version=job.version + 2)
-            await journal.store([Told(EventType.PAUSED, paused), Told(EventType.RESUMED, job)])
+            await journal.store([StoredVersion(EventType.PAUSED, paused), StoredVersion(EventType.RESUMED, job)])
             sys.stdout.write(f"{job.version} {heard[-1].id}\n")
             sys.stdout.flush()
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from app.core.flags import CommitFlag
 from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Work
-from app.core.moves import Told
+from app.core.machine.reports import StoredVersion
 from app.engine.ports import StoredEvent
 from app.engine.views import DomainView
 from app.journal.journal import SqliteJournal
@@ -83,21 +83,21 @@ def make_job(id_: str = "bj-1", *, domain: str = "web1", disk: str = "vda") -> J
     )
 
 
-def queued(job: Job) -> list[Told]:
+def queued(job: Job) -> list[StoredVersion]:
     """A new job as the engine stores it."""
-    return [Told(EventType.QUEUED, job)]
+    return [StoredVersion(EventType.QUEUED, job)]
 
 
-def started(job: Job) -> Told:
+def started(job: Job) -> StoredVersion:
     """The job's next version, in which it runs."""
-    return Told(EventType.STARTED, replace(job, state=State.RUNNING, version=job.version + 1))
+    return StoredVersion(EventType.STARTED, replace(job, state=State.RUNNING, version=job.version + 1))
 
 
-def ended(job: Job, at: int, state: State = State.CANCELED) -> Told:
+def ended(job: Job, at: int, state: State = State.CANCELED) -> StoredVersion:
     """The job's next version, in which it ended at the time `at`."""
     type_ = EventType(f"job.{state}")
     result = Result(chain=job.work.chain)
-    return Told(type_, replace(job, state=state, finished_at=at, result=result, version=job.version + 1))
+    return StoredVersion(type_, replace(job, state=state, finished_at=at, result=result, version=job.version + 1))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.core.job import DataState, EventType, Intent, Job, State
-from app.core.moves import Told
+from app.core.machine.reports import StoredVersion
 from app.engine.ports import Address, DomainEvent, EventFilter, JobConflict, JobFilter, Registration
 from app.journal.journal import LostUpdate, SqliteJournal
 
@@ -37,7 +37,7 @@ def test_events_tell_of_the_versions_in_order(tmp_path: Path) -> None:
     """Each version that has an event gets one, with the job's JSON, heard of before the write ends."""
     job = make_job()
     running = started(job)
-    silent = Told(None, replace(running.job, version=3))
+    silent = StoredVersion(None, replace(running.job, version=3))
 
     async def story(journal: SqliteJournal) -> None:
         heard = heard_by(journal)
@@ -98,9 +98,11 @@ def test_a_lost_update_is_refused(tmp_path: Path, version: int) -> None:
         stored = await journal.job(job.id)
         wrong = replace(job, state=State.PAUSED, version=version)
         with pytest.raises(LostUpdate, match=f"version {version} of the job bj-1"):
-            await journal.store([Told(EventType.PAUSED, wrong)])
+            await journal.store([StoredVersion(EventType.PAUSED, wrong)])
         with pytest.raises(LostUpdate):
-            await journal.store([Told(None, replace(job, version=3)), Told(None, replace(job, version=5))])
+            await journal.store(
+                [StoredVersion(None, replace(job, version=3)), StoredVersion(None, replace(job, version=5))]
+            )
         assert await journal.job(job.id) == stored
         assert await journal.event_bounds() == (0, 2)
 
@@ -137,7 +139,7 @@ def test_what_is_kept_at_hand_is_what_is_stored(tmp_path: Path, state: State) ->
         assert await seen(journal) == await seen(journal) == {end.job}
         if state is State.LOST:
             resolved = replace(end.job, state=State.FAILED, version=end.job.version + 1)
-            await journal.store([Told(EventType.FAILED, resolved)])
+            await journal.store([StoredVersion(EventType.FAILED, resolved)])
             assert await seen(journal) == await seen(journal) == {resolved}
         await journal.prune(6)
         assert await seen(journal) == {None}
@@ -234,7 +236,9 @@ def test_jobs_are_filtered(tmp_path: Path) -> None:
 def test_a_modified_base_is_remembered(tmp_path: Path) -> None:
     """Of the ended jobs on a disk, those count that left the base modified without merging, and `keep`."""
 
-    def job_with(id_: str, state: State, data_state: DataState, intent: Intent = Intent.RUN) -> tuple[Job, Told]:
+    def job_with(
+        id_: str, state: State, data_state: DataState, intent: Intent = Intent.RUN
+    ) -> tuple[Job, StoredVersion]:
         job = make_job(id_)
         end = ended(job, at=5, state=state)
         return job, replace(end, job=replace(end.job, data_state=data_state, intent=intent))

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.once import KEPT_FOR
-from app.engine.ports import JobConflict, JobFilter, Kept, OnceKey
+from app.engine.idempotency import KEPT_FOR
+from app.engine.ports import IdempotencyKey, JobConflict, JobFilter, StoredAnswer
 from app.journal.journal import SqliteJournal
 
 from .support import DAY, SetClock, ended, make_job, queued, run
 
-KEY = OnceKey(who="ci", key="k-1", fingerprint="f1")
-NONE = Kept(fingerprint="f1", job_id="bj-1", status=None, body=None)
+KEY = IdempotencyKey(who="ci", key="k-1", fingerprint="f1")
+NONE = StoredAnswer(fingerprint="f1", job_id="bj-1", status=None, body=None)
 
 
 def test_a_key_is_stored_with_its_job(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_key_ends_after_a_day(tmp_path: Path) -> None:
         another = make_job("bj-2")
         await journal.add_job(queued(another), replace(KEY, fingerprint="f2"))
         found = await journal.kept(KEY, since=clock.time - KEPT_FOR)
-        assert found == Kept(fingerprint="f2", job_id="bj-2", status=None, body=None)
+        assert found == StoredAnswer(fingerprint="f2", job_id="bj-2", status=None, body=None)
         await journal.prune(DAY * 3)
         jobs, _ = await journal.jobs(JobFilter())
         assert [left.id for left in jobs] == ["bj-2"]

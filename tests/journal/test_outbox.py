@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.core.job import State
-from app.core.webhooks import Answer, DeliveryState
+from app.core.outgoing import Answer, DeliveryState
 from app.engine.ports import DomainEvent, EventFilter, JobConflict, Webhook
 from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox

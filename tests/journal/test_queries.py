@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.core.job import State
-from app.engine.ports import DomainEvent, EventFilter, JobFilter, OnceKey, Webhook
+from app.engine.ports import DomainEvent, EventFilter, IdempotencyKey, JobFilter, Webhook
 from app.journal import journal as module
 from app.journal.database import connect, connect_to_read
 from app.journal.journal import SqliteJournal
@@ -21,7 +21,7 @@ from .support import DAY, SetClock, ended, make_job, queued, run
 PARTIAL = ("USING INDEX jobs_active", "INDEX deliveries_undelivered", "json_each")
 """What may be read whole: indexes that hold but what is asked for, and a list of types."""
 
-KEY = OnceKey(who="ci", key="k", fingerprint="f")
+KEY = IdempotencyKey(who="ci", key="k", fingerprint="f")
 
 WEBHOOK = Webhook(id="wh-1", url="http://a", types=frozenset(), secret="s", created_at=1, created_by="admin")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from app.drivers.qmp import graph
+from app.drivers.qmp.monitor import NODES_SAFE, QmpConnector, QmpMonitor
 from app.engine.ports import Address, Declined
-from app.qemu import graph
-from app.qemu.monitor import NODES_SAFE, QmpConnector, QmpMonitor
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 

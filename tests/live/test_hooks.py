@@ -19,7 +19,7 @@ import httpx
 import pytest
 from standardwebhooks.webhooks import Webhook
 
-from app.core.webhooks import new_secret
+from app.core.outgoing import new_secret
 from tests.live.conftest import Boot
 from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
 from tests.support.qemu import Qemu

@@ -21,9 +21,9 @@ from app.core.flags import CommitFlag
 from app.core.job import NotDeleted, Process
 from app.core.plan import CommitRequest, Selection, choose_layers
 from app.engine.ports import Measure
-from app.qemu import qcow2
-from app.qemu.images import HEADER, LocalImages
-from app.qemu.process import start_time
+from app.hostfs import qcow2
+from app.hostfs.images import HEADER, LocalImages
+from app.hostfs.process import start_time
 from tests.support.chains import CLUSTER, MIB, blockdev, build_chain
 from tests.support.qemu import Qemu
 

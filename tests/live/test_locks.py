@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from app.core.job import Process
-from app.qemu import locks
-from app.qemu.locks import UNSHARED_WRITE, WRITE, is_locked
-from app.qemu.process import borrowed, start_time
+from app.hostfs import locks
+from app.hostfs.locks import UNSHARED_WRITE, WRITE, is_locked
+from app.hostfs.process import borrowed, start_time
 
 OFD_SETLK = 37
 CHURN = f"""

@@ -17,10 +17,10 @@ import pytest
 
 from app.core.chain import Disk
 from app.core.job import Process
+from app.drivers.qmp.monitor import HINTS, LAST_WORDS_MAX, NEEDED, QmpConnector, QmpMonitor
 from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
-from app.qemu.images import with_files
-from app.qemu.monitor import HINTS, LAST_WORDS_MAX, NEEDED, QmpConnector, QmpMonitor
-from app.qemu.process import start_time
+from app.hostfs.images import with_files
+from app.hostfs.process import start_time
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 from tests.support.service import JSON
@@ -122,7 +122,7 @@ def test_ended_while_its_disks_are_read(tmp_path: Path, path: Path, monkeypatch:
                     qemu.kill()
                     return with_files(disks, process)
 
-                monkeypatch.setattr("app.qemu.monitor.with_files", ends_first)
+                monkeypatch.setattr("app.drivers.qmp.monitor.with_files", ends_first)
                 with pytest.raises(Unreachable):
                     await monitor.disks()
 

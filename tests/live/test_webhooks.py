@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.webhooks import new_secret
+from app.core.outgoing import new_secret
 from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
 from tests.support.qemu import Qemu
 from tests.support.receiver import FINE, LONG, Receiver

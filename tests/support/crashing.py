@@ -21,9 +21,9 @@ import uvloop
 from app.api.render import JsonRender
 from app.core.chain import Identity
 from app.core.job import Job, NotDeleted, Process, State
-from app.core.moves import Told
-from app.engine.host import Host
+from app.core.machine.reports import StoredVersion
 from app.engine.ports import Address, Connector, Images, Journal, Monitor, StoredEvent
+from app.engine.shared import Shared
 from app.engine.views import DomainView
 from app.logs import configure
 from app.settings import load
@@ -136,7 +136,7 @@ class DyingJournal(Around):
         if attribute not in ("add_job", "store"):
             return None
         self._fuse.light(lit=True)
-        told: Sequence[Told] = arguments[0]
+        told: Sequence[StoredVersion] = arguments[0]
         return version_of(told[-1].job)
 
     async def unfinished(self) -> Sequence[Job]:
@@ -145,7 +145,7 @@ class DyingJournal(Around):
         self._fuse.light(lit=bool(jobs))
         return jobs
 
-    async def store(self, told: Sequence[Told]) -> None:
+    async def store(self, told: Sequence[StoredVersion]) -> None:
         """As the journal's own; the points after an ended job's belong to nobody."""
         await self._fuse.around(self._called("store", (told,)) or "", lambda: self._journal.store(told))
         self._fuse.light(lit=not told[-1].job.ended)
@@ -224,14 +224,14 @@ def main() -> None:
     """Serve, and die where it was told."""
     fuse = Fuse(Path(os.environ["CRASH_FILE"]))
 
-    def dress(host: Host) -> None:
-        host.journal = cast(Journal, DyingJournal(host.journal, fuse))
-        host.connector = cast(Connector, DyingConnector(host.connector, fuse))
-        host.images = cast(Images, DyingImages(host.images, fuse))
+    def wrap_ports(shared: Shared) -> None:
+        shared.journal = cast(Journal, DyingJournal(shared.journal, fuse))
+        shared.connector = cast(Connector, DyingConnector(shared.connector, fuse))
+        shared.images = cast(Images, DyingImages(shared.images, fuse))
 
     settings = load(None, os.environ)
     configure(settings.log_format)
-    uvloop.run(serve(settings, render=DyingRender(fuse), dress=dress))
+    uvloop.run(serve(settings, render=DyingRender(fuse), wrap_ports=wrap_ports))
 
 
 if __name__ == "__main__":

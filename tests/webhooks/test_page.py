@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.core.hooks import Delivery, Provider, signature_error
-from app.core.webhooks import new_secret, signatures
+from app.core.incoming import IncomingDelivery, Provider, signature_error
+from app.core.outgoing import new_secret, signatures
 
 PAGE = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text()
 SECRET = new_secret(b"\x00\xffp" * 10)
@@ -38,7 +38,9 @@ def test_a_pipeline_that_signs_by_itself(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     words = ran.stdout.split("\0")
     headers = dict(word.split(": ", 1) for word in words if ": " in word and not word.startswith("{"))
-    delivery = Delivery({name.lower(): value for name, value in headers.items()}, words[words.index("-d") + 1].encode())
+    delivery = IncomingDelivery(
+        {name.lower(): value for name, value in headers.items()}, words[words.index("-d") + 1].encode()
+    )
     assert signature_error(Provider.STANDARD, SECRET, delivery, time.time()) is None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.webhooks import Answer
+from app.core.outgoing import Answer
 from app.webhooks import sender as module
 from app.webhooks.sender import HttpSender
 from tests.support.receiver import LONG, Receiver

@@ -15,7 +15,7 @@ from qemu.qmp.message import DeserializationError, Message, UnexpectedTypeError
 
 from app.core.errors import qemu_problem
 from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
-from app.qemu.process import is_stopped
+from app.hostfs.process import is_stopped
 
 REPLY_MAX: Final = 64 << 20
 """The longest reply that is read, in bytes; QEMU's own limit for a request."""

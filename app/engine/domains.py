@@ -14,8 +14,8 @@ from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
 from app.engine.actor import Actor
-from app.engine.host import Host
 from app.engine.ports import Address, DomainEvent, JournalFull, Registration
+from app.engine.shared import Shared
 from app.engine.views import DomainState
 
 log = structlog.get_logger(__name__)
@@ -41,37 +41,37 @@ class Discovery(Protocol):
         ...
 
 
-class Supervisor:
+class DomainDirectory:
     """Starts and stops actors as domains come and go."""
 
-    def __init__(self, host: Host, discovery: Discovery, *, retention_days: int) -> None:
+    def __init__(self, shared: Shared, discovery: Discovery, *, retention_days: int) -> None:
         self.actors: dict[str, Actor] = {}
-        self._host = host
+        self._shared = shared
         self._discovery = discovery
         self._retention = retention_days * DAY * 1000
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._own: list[asyncio.Task[None]] = []
         self._found: Mapping[str, str] = {}
         self._forgotten: set[str] = set()
-        host.disks = self._known_disks
-        host.read_off = self._read_off
+        shared.disks = self._known_disks
+        shared.read_off = self._read_off
 
     def _known_disks(self) -> Mapping[str, tuple[Disk, ...]]:
         return {id_: actor.disks.known for id_, actor in self.actors.items()}
 
     async def _read_off(self) -> None:
         for actor in list(self.actors.values()):
-            if actor.link.state() is DomainState.SHUTOFF:
+            if actor.connection.state() is DomainState.SHUTOFF:
                 await actor.disks.read_offline()
 
     async def start(self) -> None:
         """Bring back what the journal knows: the registered domains, and every domain with an unfinished job."""
         jobs: dict[str, list[Job]] = {}
-        unfinished = await self._host.journal.unfinished()
-        self._host.recovery.begin(unfinished)
+        unfinished = await self._shared.journal.unfinished()
+        self._shared.recovery.begin(unfinished)
         for job in unfinished:
             jobs.setdefault(job.domain, []).append(job)
-        registered = {registration.id: registration for registration in await self._host.journal.registrations()}
+        registered = {registration.id: registration for registration in await self._shared.journal.registrations()}
         for id_ in jobs:
             if id_ not in registered:
                 path = self._discovery.path_of(id_)
@@ -112,16 +112,16 @@ class Supervisor:
         if registration.address is None and not registration.disks:
             path = self._discovery.path_of(registration.id)
             registration = replace(registration, address=Address(unix=path) if path else None)
-        await self._host.journal.register(registration)
+        await self._shared.journal.register(registration)
         jobs = old.jobs if old else ()
         if old is not None:
             await self._end(old)
-            jobs = tuple(job for job in await self._host.journal.unfinished() if job.domain == registration.id)
+            jobs = tuple(job for job in await self._shared.journal.unfinished() if job.domain == registration.id)
         self._forgotten.discard(registration.id)
         actor = self._launch(registration, jobs)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_TRY):
-                await actor.link.tried.wait()
+                await actor.connection.tried.wait()
         if old is None:
             await self._tell(DomainEvent.ADDED, actor)
         return actor, old is None
@@ -138,13 +138,13 @@ class Supervisor:
                     extra={"job": job.id},
                 )
             )
-        await self._host.journal.unregister(domain)
+        await self._shared.journal.unregister(domain)
         # Its socket may still be there: it is found again once it has gone and come back.
         self._forgotten.add(domain)
         await self._remove(actor)
 
     def _launch(self, registration: Registration, jobs: tuple[Job, ...]) -> Actor:
-        actor = self.actors[registration.id] = Actor(registration, self._host, jobs)
+        actor = self.actors[registration.id] = Actor(registration, self._shared, jobs)
         self._tasks[registration.id] = asyncio.create_task(self._run(actor))
         return actor
 
@@ -156,7 +156,7 @@ class Supervisor:
             log.exception("actor failed", domain=actor.id)
             await asyncio.sleep(1)
             if self.actors.get(actor.id) is actor:
-                jobs = [job for job in await self._host.journal.unfinished() if job.domain == actor.id]
+                jobs = [job for job in await self._shared.journal.unfinished() if job.domain == actor.id]
                 self._launch(actor.registration, tuple(jobs))
 
     async def _end(self, actor: Actor) -> None:
@@ -171,7 +171,7 @@ class Supervisor:
 
     async def _tell(self, event: DomainEvent, actor: Actor) -> None:
         try:
-            await self._host.journal.tell_domain(event, actor.id, self._host.render.domain(actor.view()))
+            await self._shared.journal.tell_domain(event, actor.id, self._shared.render.domain(actor.view()))
         except JournalFull as error:
             log.error("event not stored", domain=actor.id, event_type=event.value, error=str(error))
 
@@ -191,7 +191,7 @@ class Supervisor:
     async def _prune(self) -> None:
         while True:
             try:
-                await self._host.journal.prune(self._host.clock.now() - self._retention)
+                await self._shared.journal.prune(self._shared.clock.now() - self._retention)
             except JournalFull as error:
                 log.error("not pruned", error=str(error))
             await asyncio.sleep(DAY / 24)

@@ -14,9 +14,9 @@ from typing import Final
 
 import structlog
 
-from app.core.webhooks import SCHEDULE, Answer, DeliveryState, disabling, next_wait, signatures
+from app.core.outgoing import SCHEDULE, Answer, DeliveryState, disabling, next_wait, signatures
 from app.engine.ports import Clock, Delivery, JournalFull, Outbox, Sender, StoredEvent, Webhook
-from app.engine.views import Letters
+from app.engine.views import EventRenderer
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +30,7 @@ FULL: Final = 1.0
 """Seconds until a journal that can't be written is tried again."""
 
 
-class Postman:
+class WebhookSender:
     """Delivers until it is stopped. `spread` gives numbers in [0, 1) at random."""
 
     def __init__(
@@ -39,14 +39,14 @@ class Postman:
         outbox: Outbox,
         sender: Sender,
         clock: Clock,
-        letters: Letters,
+        renderer: EventRenderer,
         spread: Callable[[], float],
         schedule: Sequence[int] = SCHEDULE,
     ) -> None:
         self._outbox = outbox
         self._sender = sender
         self._clock = clock
-        self._letters = letters
+        self._renderer = renderer
         self._spread = spread
         self._schedule = schedule
         self._places = asyncio.Semaphore(AT_ONCE)
@@ -111,7 +111,7 @@ class Postman:
             del self._woken[id_]
 
     async def _attempt(self, webhook: Webhook, delivery: Delivery, event: StoredEvent) -> Answer:
-        body = self._letters.event(event).encode()
+        body = self._renderer.event(event).encode()
         now = self._clock.now()
         headers = signatures(webhook.secrets(now), delivery.id, now // 1000, body)
         return await self._sender.send(webhook.url, headers, body)
@@ -142,7 +142,7 @@ class Postman:
             )
         while True:
             try:
-                await self._outbox.note(noted, disabled=why, data=self._letters.webhook)
+                await self._outbox.note(noted, disabled=why, data=self._renderer.webhook)
             except JournalFull as error:
                 log.error("attempt not stored", webhook=webhook.id, delivery=delivery.id, error=str(error))
                 await asyncio.sleep(FULL)

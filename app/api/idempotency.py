@@ -17,7 +17,7 @@ from app.api.problems import invalid_parameter, problem_response
 from app.core.errors import Refused
 from app.core.job import Job
 from app.engine.actor import refusal_of
-from app.engine.ports import JournalFull, Kept, OnceKey
+from app.engine.ports import IdempotencyKey, JournalFull, StoredAnswer
 from app.engine.service import Service
 
 KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -26,14 +26,14 @@ DIGEST: Final = re.compile(r'\s*(?:(?P<any>\*)|(?P<weak>W/)?"(?P<quoted>[^"]*)"|
 
 REPLAYED: Final = "Idempotency-Replayed"
 
-IdempotencyKey = Annotated[
+KeyHeader = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         description="1 to 255 visible ASCII characters; the same request under the same key is served once in 24 h",
     ),
 ]
-IfMatch = Annotated[
+IfMatchHeader = Annotated[
     str | None,
     Header(alias="If-Match", description="the disk's `digest`, bare or as its `ETag`; any other chain is refused"),
 ]
@@ -41,12 +41,12 @@ IfMatch = Annotated[
 log = structlog.get_logger(__name__)
 
 
-def once_key(key: str, *, who: str, request: Mapping[str, object]) -> OnceKey:
+def request_key(key: str, *, who: str, request: Mapping[str, object]) -> IdempotencyKey:
     """A key and what it was sent with; raises `Refused` where it is malformed."""
     if not KEY.fullmatch(key):
         raise Refused(invalid_parameter("Idempotency-Key", "expected 1 to 255 visible ASCII characters"))
     text = json.dumps(request, sort_keys=True)
-    return OnceKey(who=who, key=key, fingerprint=hashlib.sha256(text.encode()).hexdigest())
+    return IdempotencyKey(who=who, key=key, fingerprint=hashlib.sha256(text.encode()).hexdigest())
 
 
 def digests(if_match: str | None) -> frozenset[str] | None:
@@ -64,7 +64,9 @@ def digests(if_match: str | None) -> frozenset[str] | None:
     return frozenset(part["quoted"] or part["bare"] or "" for part in parts if not part["weak"])
 
 
-async def served_once(use: Service, key: OnceKey, path: str, serve: Callable[[], Awaitable[Response]]) -> Response:
+async def served_once(
+    use: Service, key: IdempotencyKey, path: str, serve: Callable[[], Awaitable[Response]]
+) -> Response:
     """The answer of `serve`, or that which an earlier request under the key got. `path` is the request's.
 
     `serve` stores the key with the job that it makes. A request that was answered with a refusal and made no job is
@@ -90,7 +92,7 @@ async def served_once(use: Service, key: OnceKey, path: str, serve: Callable[[],
         return answer
 
 
-async def _keep(use: Service, key: OnceKey, answer: Response) -> None:
+async def _keep(use: Service, key: IdempotencyKey, answer: Response) -> None:
     try:
         await use.once.keep_answer(key, answer.status_code, bytes(answer.body).decode())
     except JournalFull as error:
@@ -98,7 +100,7 @@ async def _keep(use: Service, key: OnceKey, answer: Response) -> None:
         log.error("answer not kept", error=str(error))
 
 
-def _kept_answer(kept: Kept) -> Response | None:
+def _kept_answer(kept: StoredAnswer) -> Response | None:
     if kept.status is None or kept.body is None:
         return None
     if kept.status >= 400:

@@ -1,6 +1,6 @@
 """Webhooks that are sent: when a delivery is tried again, where none may go, and what it is signed with.
 
-The signature is that of the Standard Webhooks specification (1.0, symmetric), in `app.core.hooks`.
+The signature is that of the Standard Webhooks specification (1.0, symmetric), in `app.core.incoming`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Final
 from urllib.parse import urlsplit
 
-from app.core.hooks import PREFIX, standard_signature
+from app.core.incoming import PREFIX, standard_signature
 
 Network = IPv4Network | IPv6Network
 

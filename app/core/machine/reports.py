@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from app.core.errors import CANCELED, Code, Problem, qemu_problem
-from app.core.happenings import Accepted, Checked, CompleteDeclined, Event, Launch, Observed, Rejected, Settled
 from app.core.job import (
     ENDINGS,
     Command,
@@ -23,6 +22,7 @@ from app.core.job import (
     Verdict,
     Work,
 )
+from app.core.machine.inputs import Accepted, Checked, CleanedUp, CompleteDeclined, Input, Launch, Observed, Rejected
 
 PIVOT_ATTEMPTS: Final = 60
 """How often a pivot that QEMU declines is tried again (a mirror flips out of ready under writes) before the job is
@@ -30,7 +30,7 @@ given back as `ready`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StoredVersion:
     """A version of the job that is stored, with the event that tells of it, if one does."""
 
     type: EventType | None
@@ -42,13 +42,13 @@ class Step:
     """What follows from an event: the job now, what to store (in this order, in one transaction), what to do then."""
 
     job: Job
-    told: tuple[Told, ...] = ()
+    told: tuple[StoredVersion, ...] = ()
     commands: tuple[Command, ...] = ()
 
 
 def save(job: Job, type_: EventType | None, *commands: Command) -> Step:
     stored = replace(job, version=job.version + 1)
-    return Step(stored, (Told(type_, stored),), commands)
+    return Step(stored, (StoredVersion(type_, stored),), commands)
 
 
 def _then(first: Step, second: Step) -> Step:
@@ -65,12 +65,12 @@ def asked(job: Job, command: Command) -> tuple[Command, ...]:
 # Handlers ------------------------------------------------------------------------------------------------------------
 
 
-def launch(job: Job, event: Event, _now: int) -> Step:
+def launch(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Launch)
     return save(replace(job, state=State.STARTING, process=event.process), None, Command.START)
 
 
-def accepted(job: Job, event: Event, now: int) -> Step:
+def accepted(job: Job, event: Input, now: int) -> Step:
     told = event.process if isinstance(event, Accepted | Observed) else None
     running = replace(
         job,
@@ -87,7 +87,7 @@ def accepted(job: Job, event: Event, now: int) -> Step:
     return started
 
 
-def rejected_starting(job: Job, event: Event, now: int) -> Step:
+def rejected_starting(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Rejected)
     if job.start_again:
         # An earlier attempt, whose reply was lost, may have got through after all, and be what is in the way: QEMU says
@@ -96,7 +96,7 @@ def rejected_starting(job: Job, event: Event, now: int) -> Step:
     return rejected(job, event, now)
 
 
-def rejected(job: Job, event: Event, now: int) -> Step:
+def rejected(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Rejected)
     return end(replace(job, error=event.problem), State.FAILED, now)
 
@@ -112,13 +112,13 @@ def _conclude(job: Job, verdict: Verdict, look: Command) -> Step:
     return save(done, None, look)
 
 
-def observed_starting(job: Job, event: Event, now: int) -> Step:
+def observed_starting(job: Job, event: Input, now: int) -> Step:
     # The reply was lost (a timeout, a restart), but QEMU lists the job, so it took the command.
     started = accepted(job, event, now)
     return _then(started, observed(started.job, event, now))
 
 
-def observed(job: Job, event: Event, now: int) -> Step:
+def observed(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Observed)
     job = replace(job, progress=event.progress)
     if event.status == "concluded":
@@ -240,12 +240,12 @@ def begin_abort(job: Job, *, force: bool) -> Step:
     return save(aborting, EventType.ABORTING, Command.CANCEL_FORCE if hard else Command.CANCEL)
 
 
-def complete_taken(job: Job, _event: Event, _now: int) -> Step:
+def complete_taken(job: Job, _event: Input, _now: int) -> Step:
     # Not stored: after a restart the command is sent again, which does no harm.
     return Step(replace(job, complete_taken=True))
 
 
-def complete_declined(job: Job, event: Event, _now: int) -> Step:
+def complete_declined(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, CompleteDeclined)
     tried = replace(job, complete_attempts=job.complete_attempts + 1)
     if tried.complete_attempts < PIVOT_ATTEMPTS:
@@ -254,12 +254,12 @@ def complete_declined(job: Job, event: Event, _now: int) -> Step:
     return save(back, EventType.READY)
 
 
-def absent_starting(job: Job, _event: Event, _now: int) -> Step:
+def absent_starting(job: Job, _event: Input, _now: int) -> Step:
     # It was never started, or ran and was dismissed by somebody: the chain tells which.
     return Step(job, (), (Command.CHECK_CHAIN,))
 
 
-def checked_starting(job: Job, event: Event, now: int) -> Step:
+def checked_starting(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Checked)
     if event.proof is Proof.UNCHANGED:
         if job.intent in (Intent.ABORT, Intent.FORCE):
@@ -280,28 +280,28 @@ def checked_starting(job: Job, event: Event, now: int) -> Step:
     return end(replace(job, error=problem), State.FAILED, now)
 
 
-def absent(job: Job, _event: Event, _now: int) -> Step:
+def absent(job: Job, _event: Input, _now: int) -> Step:
     return _conclude(job, Verdict.VANISHED, Command.CHECK_CHAIN)
 
 
-def gone(job: Job, _event: Event, _now: int) -> Step:
+def gone(job: Job, _event: Input, _now: int) -> Step:
     return _conclude(replace(job, data_state=DataState.BASE_MODIFIED), Verdict.GONE, Command.CHECK_IMAGES)
 
 
-def gone_queued(job: Job, _event: Event, now: int) -> Step:
+def gone_queued(job: Job, _event: Input, now: int) -> Step:
     return end(replace(job, error=_domain_gone("before the job was started")), State.FAILED, now)
 
 
-def gone_concluding(job: Job, _event: Event, _now: int) -> Step:
+def gone_concluding(job: Job, _event: Input, _now: int) -> Step:
     if job.ending is not None:
-        return Step(job, (), (Command.SETTLE,))
+        return Step(job, (), (Command.CLEAN_UP,))
     # What QEMU said at the end is kept: with it, an image that proves nothing may still be judged.
     return Step(job, (), (Command.CHECK_IMAGES,))
 
 
-def observed_concluding(job: Job, _event: Event, _now: int) -> Step:
+def observed_concluding(job: Job, _event: Input, _now: int) -> Step:
     """After a restart: what was being done at the end is done again."""
-    return Step(job, (), (Command.SETTLE if job.ending else Command.CHECK_CHAIN,))
+    return Step(job, (), (Command.CLEAN_UP if job.ending else Command.CHECK_CHAIN,))
 
 
 def _domain_gone(when: str) -> Problem:
@@ -312,7 +312,7 @@ def _domain_gone(when: str) -> Problem:
     )
 
 
-def checked(job: Job, event: Event, _now: int) -> Step:
+def checked(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Checked)
     if job.ending is not None:
         # Judged already, and the tidying may have changed the chain since.
@@ -321,7 +321,7 @@ def checked(job: Job, event: Event, _now: int) -> Step:
     data = DataState.MERGED if state is State.COMPLETED else job.data_state
     work = job.work if event.flushed else _kept(job.work)
     judged = replace(job, ending=state, error=error, data_state=data, work=work)
-    return save(judged, None, Command.SETTLE)
+    return save(judged, None, Command.CLEAN_UP)
 
 
 def _kept(work: Work) -> Work:
@@ -369,8 +369,8 @@ def _outcome(job: Job, proof: Proof) -> tuple[State, Problem | None]:
             )
 
 
-def settled(job: Job, event: Event, now: int) -> Step:
-    assert isinstance(event, Settled)
+def cleaned_up(job: Job, event: Input, now: int) -> Step:
+    assert isinstance(event, CleanedUp)
     # A job in this state always has an ending: it is stored in the same step that asks for the tidying.
     left = job.work.undeletable if job.ending is State.COMPLETED else ()
     result = replace(event.result, not_deleted=left + event.result.not_deleted)

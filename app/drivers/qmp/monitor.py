@@ -11,17 +11,17 @@ from typing import Any, Final
 
 import structlog
 
-from app.core.adopt import Stray
+from app.core.adopt import OrphanJob
 from app.core.chain import Disk
 from app.core.errors import CANCELED, Code, Problem
-from app.core.happenings import Observed
 from app.core.job import Job, Process, Progress
+from app.core.machine.inputs import Observed
 from app.core.qmp import block_commit_arguments
+from app.drivers.qmp import graph
+from app.drivers.qmp.connection import Connection
 from app.engine.ports import Address, Declined, QemuFacts, Unreachable
-from app.qemu import graph
-from app.qemu.commands import Connection
-from app.qemu.images import with_files
-from app.qemu.process import alive, folder_of, start_time
+from app.hostfs.images import with_files
+from app.hostfs.process import alive, folder_of, start_time
 
 log = structlog.get_logger(__name__)
 
@@ -204,7 +204,7 @@ class QmpMonitor:
                 for job in jobs
             }
 
-    async def stray(self, job_id: str) -> Stray | None:
+    async def stray(self, job_id: str) -> OrphanJob | None:
         """What a job works on of which there is no record (`x-debug-query-block-graph`)."""
         if "x-debug-query-block-graph" not in self._commands:
             return None
@@ -216,7 +216,7 @@ class QmpMonitor:
             if job is None:
                 return None
             folder = folder_of(self.facts.process)
-            return graph.read_stray(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
+            return graph.read_orphan(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
 
     async def start(self, job: Job) -> None:
         """Start the job (QAPI `block-commit`)."""

@@ -22,9 +22,9 @@ from app.core.errors import Code, Problem, Refused
 from app.core.job import NotDeleted, Process
 from app.core.plan import Selection
 from app.engine.ports import Measure
-from app.qemu import qcow2
-from app.qemu.locks import is_locked, locked_files
-from app.qemu.process import alive, as_seen_by, open_files, open_folder, place_of
+from app.hostfs import qcow2
+from app.hostfs.locks import is_locked, locked_files
+from app.hostfs.process import alive, as_seen_by, open_files, open_folder, place_of
 
 HEADER: Final = 65536
 """Bytes that hold all of a header."""

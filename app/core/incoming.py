@@ -31,14 +31,14 @@ class Provider(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class IncomingDelivery:
     """A request as it came; the names of the headers in lower case."""
 
     headers: Mapping[str, str]
     body: bytes
 
 
-def signature_error(provider: Provider, secret: str, delivery: Delivery, now: float) -> str | None:
+def signature_error(provider: Provider, secret: str, delivery: IncomingDelivery, now: float) -> str | None:
     """None if whoever knows `secret` has sent the delivery, else what is wrong. `now` in seconds since 1970.
 
     All comparisons take the same time whatever they find. A secret of GitLab's is its signing token where it looks like
@@ -51,7 +51,7 @@ def signature_error(provider: Provider, secret: str, delivery: Delivery, now: fl
     return _standard_error(secret, delivery, now)
 
 
-def _github_error(secret: str, delivery: Delivery) -> str | None:
+def _github_error(secret: str, delivery: IncomingDelivery) -> str | None:
     given = delivery.headers.get("x-hub-signature-256")
     if given is None:
         return "the header X-Hub-Signature-256 is missing"
@@ -59,14 +59,14 @@ def _github_error(secret: str, delivery: Delivery) -> str | None:
     return None if _same(given, expected) else "X-Hub-Signature-256 does not fit the body and the secret"
 
 
-def _gitlab_error(secret: str, delivery: Delivery) -> str | None:
+def _gitlab_error(secret: str, delivery: IncomingDelivery) -> str | None:
     given = delivery.headers.get("x-gitlab-token")
     if given is None:
         return "the header X-Gitlab-Token is missing"
     return None if _same(given, secret) else "X-Gitlab-Token is not the secret"
 
 
-def _standard_error(secret: str, delivery: Delivery, now: float) -> str | None:
+def _standard_error(secret: str, delivery: IncomingDelivery, now: float) -> str | None:
     names = ("webhook-id", "webhook-timestamp", "webhook-signature")
     missing = [name for name in names if not delivery.headers.get(name)]
     if missing:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from app.core.webhooks import Answer, DeliveryState
-from app.engine import postman as module
+from app.core.outgoing import Answer, DeliveryState
+from app.engine import webhook_sender as module
 from app.engine.ports import Delivery, DomainEvent, JournalFull, StoredEvent, Webhook
-from app.engine.postman import Postman
+from app.engine.webhook_sender import WebhookSender
 from app.journal.outbox import SqliteOutbox
 from tests.journal.support import SetClock, opened
 
 WEBHOOK = Webhook(id="wh-1", url="http://a", types=frozenset(), secret="A" * 32, created_at=1, created_by="admin")
 
 
-class Letters:
+class EventRenderer:
     """Writes the least."""
 
     def event(self, event: StoredEvent) -> str:
@@ -80,8 +80,10 @@ def test_each_is_sent_once_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with opened(tmp_path, clock) as journal:
             outbox = Failing(journal, clock)
             outbox.notes, outbox.heads = notes, heads
-            postman = Postman(outbox=outbox, sender=sender, clock=clock, letters=Letters(), spread=lambda: 0.0)
-            await postman.start()
+            webhook_sender = WebhookSender(
+                outbox=outbox, sender=sender, clock=clock, renderer=EventRenderer(), spread=lambda: 0.0
+            )
+            await webhook_sender.start()
             await outbox.add(WEBHOOK)
             for number in range(3):
                 await journal.tell_domain(DomainEvent.ADDED, "web1", str(number))
@@ -91,7 +93,7 @@ def test_each_is_sent_once_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyP
                     if {delivery.state for delivery in made} == {DeliveryState.DELIVERED}:
                         break
                     await asyncio.sleep(0.01)
-            await postman.stop()
+            await webhook_sender.stop()
         assert list(sender.sent.values()) == [[b"0"], [b"1"], [b"2"]]
 
     asyncio.run(story())

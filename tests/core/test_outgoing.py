@@ -10,7 +10,7 @@ from ipaddress import ip_network
 import pytest
 from standardwebhooks.webhooks import Webhook
 
-from app.core.webhooks import (
+from app.core.outgoing import (
     SCHEDULE,
     URL_MAX,
     Answer,

@@ -67,7 +67,7 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class CleanedUp:
     """What there was to tidy after the job's end is tidied."""
 
     result: Result
@@ -122,7 +122,7 @@ class Resolve:
     by: str
 
 
-Event = (
+Input = (
     Launch
     | Accepted
     | Rejected
@@ -130,7 +130,7 @@ Event = (
     | Absent
     | Gone
     | Checked
-    | Settled
+    | CleanedUp
     | CompleteTaken
     | CompleteDeclined
     | Pivot

@@ -1,4 +1,4 @@
-"""A domain's link: the connection to its monitor, kept up, and what is known of who answers there.
+"""A domain's connection: the connection to its monitor, kept up, and what is known of who answers there.
 
 Nothing in here waits for QEMU: attempts to connect and heartbeats are tasks of their own, begun by `begin` and
 harvested by `end`, so that the actor stays free while QEMU does not answer.
@@ -12,8 +12,8 @@ from enum import Enum, auto
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import Observed
 from app.core.job import Process
+from app.core.machine.inputs import Observed
 from app.core.reconcile import same_process
 from app.engine.ports import (
     Busy,
@@ -29,25 +29,26 @@ from app.engine.ports import (
 )
 from app.engine.views import DomainState
 
-HEARTBEAT: Final = 10.0
-"""Seconds between two signs of life that are asked of a QEMU; with `PATIENCE` it bounds how long a hang goes unseen.
+HEARTBEAT_S: Final = 10.0
+"""Seconds between two signs of life that are asked of a QEMU. With `HEARTBEAT_TIMEOUT_S` it bounds how long a hang goes
+unseen.
 
 Where there are jobs QEMU is asked about them all the time anyway, and of a change of the guest's state it tells itself.
 """
 
-PATIENCE: Final = 10.0
+HEARTBEAT_TIMEOUT_S: Final = 10.0
 """Seconds that a heartbeat may take before the monitor counts as unreachable."""
 
-RETRY: Final = (0.2, 0.5, 1.0)
+RETRY_S: Final = (0.2, 0.5, 1.0)
 """Seconds before the first, second and every later new attempt to connect."""
 
-LASTING: Final = 3.0
+STABLE_AFTER_S: Final = 3.0
 """Seconds that a connection has to last, else it counts as an attempt that has failed: somebody who hangs up at once
 would be called without a pause."""
 
 
 class Change(Enum):
-    """What has happened to the link."""
+    """What has happened to the connection."""
 
     CONNECTED = auto()
     FAILED = auto()
@@ -58,10 +59,10 @@ class Change(Enum):
     LOST = auto()
 
 
-class Link:
+class MonitorConnection:
     """The connection of one domain, whether it stands or not.
 
-    `hint` is called when QEMU tells that something has happened, `stir` when there is something to harvest.
+    `hint` is called when QEMU tells that something has happened, `on_progress` when there is something to harvest.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Link:
         clock: Clock,
         *,
         hint: Callable[[], None],
-        stir: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
         self.domain = registration.id
         self.monitor: Monitor | None = None
@@ -83,7 +84,7 @@ class Link:
         self._connector = connector
         self._clock = clock
         self._hint = hint
-        self._stir = stir
+        self._on_progress = on_progress
         self._busy = False
         self._hung = False
         self._welcomed = False
@@ -158,7 +159,7 @@ class Link:
         ended = any(task is not None and task.done() for task in (self._connecting, self._probe))
         return ended or (self.monitor is not None and not self.monitor.connected)
 
-    def hasten(self) -> None:
+    def probe_soon(self) -> None:
         """Have the next heartbeat begin soon."""
         if self.monitor is not None and self._welcomed:
             self._due = self._clock.monotonic()
@@ -169,10 +170,10 @@ class Link:
             return
         if self.monitor is not None:
             self._probe = asyncio.create_task(_ask_for_life(self.monitor))
-            self._probe.add_done_callback(lambda _task: self._stir())
+            self._probe.add_done_callback(lambda _task: self._on_progress())
         elif self._registration.address is not None:
             self._connecting = asyncio.create_task(self._connector.connect(self._registration.address, self._hint))
-            self._connecting.add_done_callback(lambda _task: self._stir())
+            self._connecting.add_done_callback(lambda _task: self._on_progress())
 
     async def end(self) -> Change | None:
         """Take in what was begun and has ended; what that changed."""
@@ -186,7 +187,7 @@ class Link:
                 return self._connect_failed(error)
         if self._probe is not None and self._probe.done():
             probe, self._probe = self._probe, None
-            self._due = self._clock.monotonic() + HEARTBEAT
+            self._due = self._clock.monotonic() + HEARTBEAT_S
             try:
                 self._guest_running = probe.result()
             except MonitorError as error:
@@ -220,7 +221,7 @@ class Link:
         self.monitor, self.process = monitor, monitor.facts.process
         self._busy, self._hung, self._welcomed = False, False, False
         self._since = self._clock.monotonic()
-        self._due = self._since + HEARTBEAT
+        self._due = self._since + HEARTBEAT_S
         return Change.CONNECTED
 
     def _connect_failed(self, error: MonitorError) -> Change:
@@ -239,14 +240,14 @@ class Link:
             await self.monitor.close()
         self.monitor, self._hung = None, False
         self.error = self._unreachable(why)
-        if self._clock.monotonic() < self._since + LASTING:
+        if self._clock.monotonic() < self._since + STABLE_AFTER_S:
             self._retry()
         else:
             self._attempts, self._due = 0, self._clock.monotonic()
         return Change.LOST
 
     def _retry(self) -> None:
-        self._due = self._clock.monotonic() + RETRY[min(self._attempts, len(RETRY) - 1)]
+        self._due = self._clock.monotonic() + RETRY_S[min(self._attempts, len(RETRY_S) - 1)]
         self._attempts += 1
 
     async def _stop_probe(self) -> None:
@@ -261,7 +262,7 @@ class Link:
 
 async def _ask_for_life(monitor: Monitor) -> bool:
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
             return await monitor.guest_running()
     except TimeoutError:
-        raise Unanswered(f"QEMU has not answered for {PATIENCE:.0f} s") from None
+        raise Unanswered(f"QEMU has not answered for {HEARTBEAT_TIMEOUT_S:.0f} s") from None

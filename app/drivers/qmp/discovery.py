@@ -21,7 +21,7 @@ DOMAIN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 SUFFIX: Final = ".qmp"
 
 
-class Discovery:
+class SocketDiscovery:
     """The sockets of a folder, which may come and go, as may the folder. None: nothing is discovered."""
 
     def __init__(self, qmp_dir: Path | None) -> None:

@@ -19,48 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from app.core.happenings import (
-    Abort,
-    Absent,
-    Accepted,
-    Checked,
-    CompleteDeclined,
-    CompleteTaken,
-    Event,
-    Gone,
-    Launch,
-    Observed,
-    Pause,
-    Pivot,
-    Rejected,
-    Resolve,
-    Resume,
-    SetSpeed,
-    Settled,
-)
 from app.core.job import ENDED, WITH_QEMU, EventType, Job, State
-from app.core.moves import (
-    Step,
-    Told,
-    absent,
-    absent_starting,
-    accepted,
-    checked,
-    checked_starting,
-    complete_declined,
-    complete_taken,
-    gone,
-    gone_concluding,
-    gone_queued,
-    launch,
-    observed,
-    observed_concluding,
-    observed_starting,
-    rejected,
-    rejected_starting,
-    settled,
-)
-from app.core.wishes import (
+from app.core.machine.controls import (
     abort,
     abort_aborting,
     abort_concluding,
@@ -84,14 +44,54 @@ from app.core.wishes import (
     set_speed_later,
     set_speed_starting,
 )
+from app.core.machine.inputs import (
+    Abort,
+    Absent,
+    Accepted,
+    Checked,
+    CleanedUp,
+    CompleteDeclined,
+    CompleteTaken,
+    Gone,
+    Input,
+    Launch,
+    Observed,
+    Pause,
+    Pivot,
+    Rejected,
+    Resolve,
+    Resume,
+    SetSpeed,
+)
+from app.core.machine.reports import (
+    Step,
+    StoredVersion,
+    absent,
+    absent_starting,
+    accepted,
+    checked,
+    checked_starting,
+    cleaned_up,
+    complete_declined,
+    complete_taken,
+    gone,
+    gone_concluding,
+    gone_queued,
+    launch,
+    observed,
+    observed_concluding,
+    observed_starting,
+    rejected,
+    rejected_starting,
+)
 
 
 def start_job(job: Job) -> Step:
     """The first step of every job: it is stored as queued before anybody hears of it."""
-    return Step(job, (Told(EventType.QUEUED, job),))
+    return Step(job, (StoredVersion(EventType.QUEUED, job),))
 
 
-def step(job: Job, event: Event, now: int) -> Step:
+def step(job: Job, event: Input, now: int) -> Step:
     """What `event` makes of `job` at the time `now` (ms since 1970).
 
     Raises `Refused` where a request (pivot, abort, pause, resume, speed, resolve) does not fit the state. Other pairs
@@ -101,9 +101,9 @@ def step(job: Job, event: Event, now: int) -> Step:
     return handler(job, event, now) if handler else Step(job)
 
 
-Handler = Callable[[Job, Event, int], Step]
+Handler = Callable[[Job, Input, int], Step]
 
-TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
+TRANSITIONS: Final[Mapping[tuple[State, type[Input]], Handler]] = {
     (State.QUEUED, Launch): launch,
     (State.QUEUED, Rejected): rejected,
     (State.QUEUED, Gone): gone_queued,
@@ -127,7 +127,7 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
     (State.CONCLUDING, Absent): observed_concluding,
     (State.CONCLUDING, Gone): gone_concluding,
     (State.CONCLUDING, Checked): checked,
-    (State.CONCLUDING, Settled): settled,
+    (State.CONCLUDING, CleanedUp): cleaned_up,
     (State.CONCLUDING, Abort): abort_concluding,
     (State.CONCLUDING, Pivot): not_ready,
     (State.CONCLUDING, Pause): not_pausable,
@@ -166,7 +166,7 @@ TRANSITIONS: Final[Mapping[tuple[State, type[Event]], Handler]] = {
     **{(state, Resolve): not_lost for state in State if state is not State.LOST},
 }
 
-IGNORED: Final[Mapping[type[Event], str]] = {
+IGNORED: Final[Mapping[type[Input], str]] = {
     Launch: "the place was given before a restart, or the job was canceled while it waited",
     Accepted: "a look at query-jobs told of it first",
     Rejected: "QEMU refused a second start under the same id, as the first one had worked",
@@ -174,7 +174,7 @@ IGNORED: Final[Mapping[type[Event], str]] = {
     Absent: "a job that waits is not in QEMU yet, and one that ended has been dismissed",
     Gone: "the outcome was known before QEMU ended",
     Checked: "the chain was read for a question that has been answered meanwhile",
-    Settled: "only a concluding job is tidied up after",
+    CleanedUp: "only a concluding job is tidied up after",
     CompleteTaken: "the job concluded before QEMU's reply to job-complete was read",
     CompleteDeclined: "the job concluded before QEMU's reply to job-complete was read",
 }

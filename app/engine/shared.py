@@ -20,7 +20,7 @@ async def _nothing() -> None:
 
 
 @dataclass(slots=True, kw_only=True)
-class Host:
+class Shared:
     """The ports, the subscribers, the budget, and every unfinished job.
 
     `disks` gives each known domain's disks as they were last read; `read_off` reads those of the domains that are off

@@ -12,7 +12,7 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.job import Process
-from app.qemu.process import alive, borrowed
+from app.hostfs.process import alive, borrowed
 
 WRITE: Final = 101
 UNSHARED_WRITE: Final = 201

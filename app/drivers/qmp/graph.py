@@ -1,4 +1,4 @@
-"""From QEMU's replies to disks and chains, by node. Nothing here asks QEMU; `app.qemu.monitor` does.
+"""From QEMU's replies to disks and chains, by node. Nothing here asks QEMU; `app.drivers.qmp.monitor` does.
 
 QEMU before 10.1 does not say outright which node is whose child. `query-blockstats` without arguments does so by its
 nesting: every entry has `parent`, the node of its file, and `backing`, the node below. A filter has the node that it
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from app.core.adopt import Stray
+from app.core.adopt import OrphanJob
 from app.core.chain import Disk, Layer
 
 Reply = Mapping[str, Any]
@@ -156,9 +156,9 @@ def _layer(
     )
 
 
-def read_stray(
+def read_orphan(
     job: Reply, *, disks: Sequence[Disk], nodes: Sequence[Reply], graph: Reply, folder: str | None
-) -> Stray | None:
+) -> OrphanJob | None:
     """What a commit works on, by the nodes that it holds; None where it holds none, or none of a disk.
 
     `job` is of query-block-jobs, the rest as in `read_disks`. A commit below the active layer holds its base and the
@@ -190,7 +190,7 @@ def read_stray(
         layers = [_layer(by_name[name], list(_carriers(name, files)), (), by_name, folder) for name in merged]
         disk = replace(disk, layers=(*disk.layers[:at], *layers, *disk.layers[at:]))
         there, at = [at], at + len(layers)
-    return Stray(disk=disk, top=min(there), base=at, bandwidth=job["speed"])
+    return OrphanJob(disk=disk, top=min(there), base=at, bandwidth=job["speed"])
 
 
 def _carriers(node: str, files: Mapping[str, str]) -> Iterable[str]:

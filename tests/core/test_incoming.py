@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 import pytest
 from standardwebhooks.webhooks import Webhook
 
-from app.core.hooks import (
+from app.core.incoming import (
     WINDOW,
-    Delivery,
+    IncomingDelivery,
     Provider,
     at_pointer,
     delivery_id,
@@ -23,7 +23,7 @@ NOW = 1_614_265_330.0
 
 # GitHub's documentation, "Validating webhook deliveries", "Testing the webhook payload validation".
 GITHUB_SECRET = "It's a Secret to Everybody"
-GITHUB = Delivery(
+GITHUB = IncomingDelivery(
     {"x-hub-signature-256": "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"},
     b"Hello, World!",
 )
@@ -33,11 +33,11 @@ STANDARD_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 BODY = b'{"test": 2432232314}'
 ID = "msg_p5jXN8AQM9LWM0D4loKWxJek"
 SIGNED = Webhook(STANDARD_SECRET).sign(ID, datetime.fromtimestamp(NOW, UTC), BODY.decode())
-STANDARD = Delivery(
+STANDARD = IncomingDelivery(
     {"webhook-id": ID, "webhook-timestamp": f"{NOW:.0f}", "webhook-signature": f"v1,bm9uc2Vuc2U= v1a,x {SIGNED}"}, BODY
 )
 
-GITLAB = Delivery({"x-gitlab-token": "s3cret"}, b"{}")
+GITLAB = IncomingDelivery({"x-gitlab-token": "s3cret"}, b"{}")
 
 GENUINE = {
     "github": (Provider.GITHUB, GITHUB_SECRET, GITHUB),
@@ -55,7 +55,7 @@ def flipped(text: str, bit: int) -> str:
 
 
 @pytest.mark.parametrize(("provider", "secret", "delivery"), GENUINE.values(), ids=GENUINE)
-def test_the_published_examples_are_genuine(provider: Provider, secret: str, delivery: Delivery) -> None:
+def test_the_published_examples_are_genuine(provider: Provider, secret: str, delivery: IncomingDelivery) -> None:
     """As they were published."""
     assert signature_error(provider, secret, delivery, NOW) is None
 
@@ -67,27 +67,30 @@ def test_our_signature_is_that_of_the_published_package() -> None:
 
 
 @pytest.mark.parametrize(("provider", "secret", "delivery"), GENUINE.values(), ids=GENUINE)
-def test_one_bit_makes_it_false(provider: Provider, secret: str, delivery: Delivery) -> None:
+def test_one_bit_makes_it_false(provider: Provider, secret: str, delivery: IncomingDelivery) -> None:
     """Each bit of what is signed with, and of each header that is signed or signs."""
     for name, text in delivery.headers.items():
         genuine = text.rpartition(" ")[2]
         for bit in range(7 * len(genuine)):
             headers = {**delivery.headers, name: flipped(genuine, bit)}
-            assert signature_error(provider, secret, Delivery(headers, delivery.body), NOW) is not None, (name, bit)
+            assert signature_error(provider, secret, IncomingDelivery(headers, delivery.body), NOW) is not None, (
+                name,
+                bit,
+            )
     if "x-gitlab-token" not in delivery.headers:
         for bit in range(8 * len(delivery.body)):
             body = bytearray(delivery.body)
             body[bit // 8] ^= 1 << bit % 8
-            assert signature_error(provider, secret, Delivery(delivery.headers, bytes(body)), NOW) is not None
+            assert signature_error(provider, secret, IncomingDelivery(delivery.headers, bytes(body)), NOW) is not None
     assert signature_error(provider, flipped(secret, 70 if secret != "s3cret" else 7), delivery, NOW) is not None
 
 
 @pytest.mark.parametrize(("provider", "secret", "delivery"), GENUINE.values(), ids=GENUINE)
-def test_nothing_may_be_missing(provider: Provider, secret: str, delivery: Delivery) -> None:
+def test_nothing_may_be_missing(provider: Provider, secret: str, delivery: IncomingDelivery) -> None:
     """The refusal names the header."""
     for name in delivery.headers:
         left = {other: text for other, text in delivery.headers.items() if other != name}
-        error = signature_error(provider, secret, Delivery(left, delivery.body), NOW)
+        error = signature_error(provider, secret, IncomingDelivery(left, delivery.body), NOW)
         assert error is not None
         assert "is missing" in error
 
@@ -106,7 +109,7 @@ def test_a_time_outside_the_window() -> None:
 def test_a_time_that_is_none(time: str) -> None:
     """It is refused before anything is computed of it."""
     error = signature_error(
-        Provider.STANDARD, "not base 64!", Delivery({**STANDARD.headers, "webhook-timestamp": time}, BODY), NOW
+        Provider.STANDARD, "not base 64!", IncomingDelivery({**STANDARD.headers, "webhook-timestamp": time}, BODY), NOW
     )
     assert error == "webhook-timestamp is no time in seconds since 1970"
 
@@ -115,7 +118,7 @@ def test_a_secret_that_is_no_base_64_is_its_own_key() -> None:
     """So that a secret somebody has thought of works too."""
     signed = standard_signature("not base 64!", ID, int(NOW), BODY)
     headers = {**STANDARD.headers, "webhook-signature": signed}
-    assert signature_error(Provider.STANDARD, "not base 64!", Delivery(headers, BODY), NOW) is None
+    assert signature_error(Provider.STANDARD, "not base 64!", IncomingDelivery(headers, BODY), NOW) is None
 
 
 @pytest.mark.parametrize(

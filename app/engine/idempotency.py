@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.engine.ports import Clock, Journal, Kept, OnceKey
+from app.engine.ports import Clock, IdempotencyKey, Journal, StoredAnswer
 
 KEPT_FOR: Final = 24 * 3600 * 1000
 """How long a key is kept, in ms."""
@@ -28,7 +28,7 @@ def kept_for(who: str) -> int:
     return DELIVERY_KEPT_FOR if who.startswith(HOOK) else KEPT_FOR
 
 
-class Once:
+class IdempotencyKeys:
     """The keys under which requests are being served, and those that the journal keeps."""
 
     def __init__(self, journal: Journal, clock: Clock) -> None:
@@ -37,7 +37,7 @@ class Once:
         self._under_way: set[tuple[str, str]] = set()
 
     @contextmanager
-    def alone(self, key: OnceKey) -> Generator[None]:
+    def alone(self, key: IdempotencyKey) -> Generator[None]:
         """Serve a request under its key; raises `Refused` while another one is being served."""
         name = (key.who, key.key)
         if name in self._under_way:
@@ -53,7 +53,7 @@ class Once:
         finally:
             self._under_way.remove(name)
 
-    async def kept(self, key: OnceKey) -> Kept | None:
+    async def kept(self, key: IdempotencyKey) -> StoredAnswer | None:
         """What the first request under the key led to; raises `Refused` where that was another request."""
         kept = await self._journal.kept(key, since=self._clock.now() - kept_for(key.who))
         if kept is not None and kept.fingerprint != key.fingerprint:
@@ -67,6 +67,6 @@ class Once:
             )
         return kept
 
-    async def keep_answer(self, key: OnceKey, status: int, body: str) -> None:
+    async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
         """Keep the answer to the request that made the key's job; raises `JournalFull`."""
         await self._journal.keep_answer(key, status, body)

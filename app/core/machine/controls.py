@@ -8,49 +8,49 @@ from __future__ import annotations
 from dataclasses import replace
 
 from app.core.errors import Code, Problem, Refused
-from app.core.happenings import Abort, Event, Resolve, SetSpeed
 from app.core.job import ENDINGS, Command, DataState, Intent, Job, JobType, Resolution, State
-from app.core.moves import Step, asked, begin_abort, begin_pivot, end, save
+from app.core.machine.inputs import Abort, Input, Resolve, SetSpeed
+from app.core.machine.reports import Step, asked, begin_abort, begin_pivot, end, save
 
 
-def abort_queued(job: Job, _event: Event, now: int) -> Step:
+def abort_queued(job: Job, _event: Input, now: int) -> Step:
     return end(replace(job, intent=Intent.ABORT), State.CANCELED, now)
 
 
-def abort_starting(job: Job, event: Event, _now: int) -> Step:
+def abort_starting(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Abort)
     # Whether there is a job to cancel is known once QEMU has answered; `accepted` obeys then.
     return save(replace(job, intent=Intent.FORCE if event.force else Intent.ABORT), None)
 
 
-def abort(job: Job, event: Event, _now: int) -> Step:
+def abort(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Abort)
     return begin_abort(job, force=event.force)
 
 
-def abort_aborting(job: Job, event: Event, _now: int) -> Step:
+def abort_aborting(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Abort)
     if event.force and job.intent is not Intent.FORCE:
         return save(replace(job, intent=Intent.FORCE), None, Command.CANCEL_FORCE)
     return Step(job)
 
 
-def abort_concluding(job: Job, _event: Event, _now: int) -> Step:
+def abort_concluding(job: Job, _event: Input, _now: int) -> Step:
     if job.intent in (Intent.ABORT, Intent.FORCE):
         return Step(job)
     code = Code.JOB_PIVOTING if job.intent is Intent.PIVOT else Code.JOB_FINISHED
     raise Refused(Problem(code=code, detail=f"the job {job.id} is concluding; its outcome is being read"))
 
 
-def pivot(job: Job, event: Event, now: int) -> Step:
+def pivot(job: Job, event: Input, now: int) -> Step:
     return begin_pivot(job) if job.pivotable else not_ready(job, event, now)
 
 
-def pivot_pivoting(job: Job, _event: Event, _now: int) -> Step:
+def pivot_pivoting(job: Job, _event: Input, _now: int) -> Step:
     return Step(job)
 
 
-def not_ready(job: Job, _event: Event, _now: int) -> Step:
+def not_ready(job: Job, _event: Input, _now: int) -> Step:
     if not job.pivotable:
         why = "merges below the active layer" if job.type is JobType.COMMIT else "keeps the overlay active"
         raise Refused(
@@ -67,59 +67,59 @@ def not_ready(job: Job, _event: Event, _now: int) -> Step:
     )
 
 
-def pause(job: Job, _event: Event, _now: int) -> Step:
+def pause(job: Job, _event: Input, _now: int) -> Step:
     return save(replace(job, pause_wanted=True, unconfirmed=asked(job, Command.PAUSE)), None, Command.PAUSE)
 
 
-def pause_paused(job: Job, event: Event, now: int) -> Step:
+def pause_paused(job: Job, event: Input, now: int) -> Step:
     # A pause by an I/O error, or one that was asked to end, may be over any moment; this one is to last.
     return Step(job) if job.pause_wanted else pause(job, event, now)
 
 
-def not_pausable(job: Job, _event: Event, _now: int) -> Step:
+def not_pausable(job: Job, _event: Input, _now: int) -> Step:
     raise Refused(
         Problem(code=Code.JOB_NOT_PAUSABLE, detail=f"the job {job.id} is {job.state}; only a running job can be paused")
     )
 
 
-def resume(job: Job, _event: Event, _now: int) -> Step:
+def resume(job: Job, _event: Input, _now: int) -> Step:
     going = replace(job, pause_wanted=False, unconfirmed=asked(job, Command.RESUME))
     # From here on it may have pivoted at any moment, as before the I/O error that paused it.
     return begin_pivot(going, Command.RESUME) if job.intent is Intent.PIVOT else save(going, None, Command.RESUME)
 
 
-def resume_running(job: Job, event: Event, now: int) -> Step:
+def resume_running(job: Job, event: Input, now: int) -> Step:
     # A pause that was asked for and has not been seen yet is taken back.
     return resume(job, event, now) if job.pause_wanted else not_paused(job, event, now)
 
 
-def not_paused(job: Job, _event: Event, _now: int) -> Step:
+def not_paused(job: Job, _event: Input, _now: int) -> Step:
     raise Refused(Problem(code=Code.JOB_NOT_PAUSED, detail=f"the job {job.id} is {job.state}, not paused"))
 
 
-def set_speed(job: Job, event: Event, _now: int) -> Step:
+def set_speed(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, SetSpeed)
     faster = replace(job, bandwidth=event.bandwidth, unconfirmed=asked(job, Command.SET_SPEED))
     return save(faster, None, Command.SET_SPEED)
 
 
-def set_speed_starting(job: Job, event: Event, _now: int) -> Step:
+def set_speed_starting(job: Job, event: Input, _now: int) -> Step:
     # Whether the command that starts the job had this speed is not known, so the next look sets it.
     assert isinstance(event, SetSpeed)
     return save(replace(job, bandwidth=event.bandwidth, unconfirmed=asked(job, Command.SET_SPEED)), None)
 
 
-def set_speed_later(job: Job, event: Event, _now: int) -> Step:
+def set_speed_later(job: Job, event: Input, _now: int) -> Step:
     """Before the job is started it is a wish, which the start carries out; at its end it has no effect."""
     assert isinstance(event, SetSpeed)
     return save(replace(job, bandwidth=event.bandwidth), None)
 
 
-def finished(job: Job, _event: Event, _now: int) -> Step:
+def finished(job: Job, _event: Input, _now: int) -> Step:
     raise Refused(Problem(code=Code.JOB_FINISHED, detail=f"the job {job.id} has ended: {job.state}"))
 
 
-def resolve(job: Job, event: Event, now: int) -> Step:
+def resolve(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Resolve)
     merged = event.outcome is State.COMPLETED
     # A failed job keeps what is known of its outcome as its error; the others have none.
@@ -133,7 +133,7 @@ def resolve(job: Job, event: Event, now: int) -> Step:
     return save(judged, ENDINGS[event.outcome])
 
 
-def not_lost(job: Job, _event: Event, _now: int) -> Step:
+def not_lost(job: Job, _event: Input, _now: int) -> Step:
     known = "its outcome is known" if job.ended else "its outcome is still open"
     raise Refused(
         Problem(
@@ -143,11 +143,11 @@ def not_lost(job: Job, _event: Event, _now: int) -> Step:
     )
 
 
-def nothing(job: Job, _event: Event, _now: int) -> Step:
+def nothing(job: Job, _event: Input, _now: int) -> Step:
     return Step(job)
 
 
-def abort_pivoting(job: Job, _event: Event, _now: int) -> Step:
+def abort_pivoting(job: Job, _event: Input, _now: int) -> Step:
     raise Refused(
         Problem(code=Code.JOB_PIVOTING, detail=f"the job {job.id} is moving the guest onto the base; too late to abort")
     )

@@ -1,0 +1,1 @@
+"""How a job moves: what comes in (`inputs`), the table, and its handlers (`reports`, `controls`)."""

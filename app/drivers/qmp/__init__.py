@@ -1,0 +1,1 @@
+"""Jobs of a running QEMU, over its QMP monitor."""

@@ -1,0 +1,1 @@
+"""Files, processes and locks of this host, as the drivers and the engine need to see them."""

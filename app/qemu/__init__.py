@@ -1,1 +1,0 @@
-"""QEMU over QMP, its block graph, and image files."""
