@@ -21,7 +21,7 @@ from app.api.server import Server
 from app.core.outgoing import SCHEDULE, new_secret
 from app.core.reconcile import JOB_PREFIX
 from app.drivers.qmp.discovery import SocketDiscovery
-from app.drivers.qmp.monitor import QmpConnector
+from app.drivers.qmp.runner import QmpDriver
 from app.engine.budget import Budget
 from app.engine.domains import DomainDirectory
 from app.engine.hub import Hub
@@ -98,9 +98,11 @@ async def running(
 ) -> AsyncGenerator[Application]:
     """The service with everything behind it, for as long as the block lasts.
 
-    `render` and `wrap_ports` are for builds that look at, or end, what goes through the ports: `wrap_ports` may put
-    other ports in place of the shared ones before anything uses them. `schedule` is when webhooks are tried again. Raises
-    `StateDirInUse` where another service has the state directory, and `SettingsError` where a hook can't be served.
+    `render` and `wrap_ports` are for builds that look at, or end, what goes through the ports. `wrap_ports` may put
+    other ports in place of the shared ones before anything uses them. `schedule` is when webhooks are tried again.
+
+    Raises `StateDirInUse` where another service has the state directory, and `SettingsError` where a hook can't be
+    served.
     """
     clock, render = SystemClock(), render or JsonRender()
     hooks = {name: prepared(name, hook) for name, hook in settings.hooks.items()}
@@ -112,7 +114,7 @@ async def running(
         tokens.ensure_admin()
         hub = Hub(journal, clock)
         shared = Shared(
-            connector=QmpConnector(settings.qmp_timeout),
+            driver=QmpDriver(settings.qmp_timeout),
             journal=journal,
             images=LocalImages(settings.image_roots, settings.qmp_timeout),
             clock=clock,

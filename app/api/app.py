@@ -14,7 +14,7 @@ from app.api.docs import openapi_json
 from app.api.metrics import Metrics
 from app.api.observe import RequestObserver
 from app.api.problems import HANDLERS
-from app.engine.ports import Clock
+from app.engine.ports.clock import Clock
 from app.engine.service import Service
 
 __all__ = ["create_app", "openapi_json"]

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive
 from app.api.arguments import Find, Handler, by_request_alone, plain_handler
 from app.api.problems import invalid_parameter
 from app.core.errors import Code, Problem, Refused
-from app.engine.ports import Role, Token
+from app.engine.ports.tokens import Role, Token
 
 FindToken = Callable[[str], Token | None]
 """Finds the token with this text; None where there is none."""

@@ -24,7 +24,8 @@ from app.core.errors import Problem
 from app.core.flags import BANDWIDTH_MAX, NAMES, parse_flags
 from app.core.job import OnError, OnReady
 from app.core.outgoing import secret_error, url_error
-from app.engine.ports import Address, Registration
+from app.engine.ports.driver import Address
+from app.engine.ports.journal import Registration
 from app.settings import UNIX_PATH_MAX, host_and_port
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from app.api.schemas import Out, timestamp
 from app.core.job import EventType
 from app.engine.hub import RESET
-from app.engine.ports import WEBHOOK_DISABLED, DomainEvent, StoredEvent
+from app.engine.ports.events import WEBHOOK_DISABLED, DomainEvent, StoredEvent
 
 TYPES: Final = frozenset({*(type_.value for type_ in (*EventType, *DomainEvent)), WEBHOOK_DISABLED, RESET})
 """Every type of event."""

@@ -17,7 +17,7 @@ from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, 
 from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
 from app.core.errors import Code, Problem, Refused
 from app.core.plan import commit_request
-from app.engine.ports import Webhook
+from app.engine.ports.outbox import Webhook
 from app.engine.service import Service
 
 router = APIRouter(route_class=Guarded, tags=["disks"])

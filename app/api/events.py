@@ -24,7 +24,7 @@ from app.api.codes import refusals
 from app.api.problems import invalid_parameter
 from app.api.requests import INTEGER_MAX, READS, DomainId, JobId, UseCases
 from app.core.errors import Code, Refused
-from app.engine.ports import EventFilter, StoredEvent
+from app.engine.ports.events import EventFilter, StoredEvent
 from app.engine.service import Service
 
 HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

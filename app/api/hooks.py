@@ -23,7 +23,7 @@ from app.core.errors import Code, Problem, Refused, invalid
 from app.core.incoming import IncomingDelivery, Provider, delivery_id, mismatch, signature_error
 from app.core.plan import CommitRequest, commit_request
 from app.engine.idempotency import HOOK
-from app.engine.ports import Clock
+from app.engine.ports.clock import Clock
 from app.settings import Hook, SettingsError
 
 router = APIRouter(tags=["hooks"])

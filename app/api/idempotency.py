@@ -17,7 +17,7 @@ from app.api.problems import invalid_parameter, problem_response
 from app.core.errors import Refused
 from app.core.job import Job
 from app.engine.actor import refusal_of
-from app.engine.ports import IdempotencyKey, JournalFull, StoredAnswer
+from app.engine.ports.journal import IdempotencyKey, JournalFull, StoredAnswer
 from app.engine.service import Service
 
 KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")

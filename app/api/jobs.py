@@ -17,7 +17,7 @@ from app.api.schemas import JobOut, Jobs, job_json
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags
 from app.core.job import Job, State
-from app.engine.ports import JobFilter
+from app.engine.ports.journal import JobFilter
 
 router = APIRouter(route_class=Guarded, tags=["jobs"])
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.metrics import Metrics
 from app.api.problems import internal_error, path_of
-from app.engine.ports import Token
+from app.engine.ports.tokens import Token
 
 STALLED: Final = 60.0
 """Seconds for which a client may take nothing of what it is sent, before it is disconnected."""

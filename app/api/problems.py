@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from app.api.codes import KINDS, MEDIA_TYPE
 from app.core.errors import Code, Problem, Refused, invalid
-from app.engine.ports import JournalFull
+from app.engine.ports.journal import JournalFull
 
 
 class ProblemOut(BaseModel):

@@ -6,7 +6,8 @@ from app.api.cloudevents import event_json
 from app.api.schemas import domain_json, job_json
 from app.api.webhooks import webhook_out
 from app.core.job import Job
-from app.engine.ports import StoredEvent, Webhook
+from app.engine.ports.events import StoredEvent
+from app.engine.ports.outbox import Webhook
 from app.engine.views import DomainView
 
 

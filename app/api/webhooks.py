@@ -15,7 +15,7 @@ from app.api.requests import CHANGES, READS, Limit, NumberCursor, UseCases, no_n
 from app.api.schemas import Out, time_or_none, timestamp
 from app.core.errors import Code
 from app.core.outgoing import DeliveryState
-from app.engine.ports import Delivery, Webhook
+from app.engine.ports.outbox import Delivery, Webhook
 
 router = APIRouter(route_class=Guarded, tags=["webhooks"])
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from app.engine.ports import Role
+from app.engine.ports.tokens import Role
 
 if TYPE_CHECKING:
     from app.journal.tokens import Tokens
@@ -196,7 +196,7 @@ def _tokens(config: Path | None) -> Generator[Tokens]:
 @contextmanager
 def _plain_errors(listen: str = "") -> Generator[None]:
     """Turn what a person can put right into a `Failure`; defects keep their traceback."""
-    from app.engine.ports import JournalFull  # noqa: PLC0415
+    from app.engine.ports.journal import JournalFull  # noqa: PLC0415
     from app.journal.database import JournalUnusable  # noqa: PLC0415
     from app.journal.lock import StateDirInUse  # noqa: PLC0415
     from app.journal.tokens import TokenError  # noqa: PLC0415

@@ -26,7 +26,10 @@ from app.core.reconcile import valid_layers
 from app.engine.connection import Change, MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
 from app.engine.jobs import DomainJobs
-from app.engine.ports import DomainEvent, IdempotencyKey, JobConflict, JournalFull, MonitorError, Registration, Webhook
+from app.engine.ports.driver import MonitorError
+from app.engine.ports.events import DomainEvent
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull, Registration
+from app.engine.ports.outbox import Webhook
 from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainState, DomainView
 
@@ -53,7 +56,7 @@ class Actor:
     def __init__(self, registration: Registration, shared: Shared, jobs: tuple[Job, ...] = ()) -> None:
         self.registration = registration
         self.connection = MonitorConnection(
-            registration, shared.connector, shared.clock, hint=self._hinted, on_progress=self._on_progress
+            registration, shared.driver, shared.clock, hint=self._hinted, on_progress=self._on_progress
         )
         self.disks = DomainDisks(registration, self.connection, shared.images)
         self._shared = shared

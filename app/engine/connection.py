@@ -15,18 +15,9 @@ from app.core.errors import Code, Problem, Refused
 from app.core.job import Process
 from app.core.machine.inputs import Observed
 from app.core.reconcile import same_process
-from app.engine.ports import (
-    Busy,
-    Clock,
-    Connector,
-    Declined,
-    Monitor,
-    MonitorError,
-    QemuFacts,
-    Registration,
-    Unanswered,
-    Unreachable,
-)
+from app.engine.ports.clock import Clock
+from app.engine.ports.driver import Busy, Declined, Driver, MonitorError, QemuFacts, Runner, Unanswered, Unreachable
+from app.engine.ports.journal import Registration
 from app.engine.views import DomainState
 
 HEARTBEAT_S: Final = 10.0
@@ -68,20 +59,20 @@ class MonitorConnection:
     def __init__(
         self,
         registration: Registration,
-        connector: Connector,
+        driver: Driver,
         clock: Clock,
         *,
         hint: Callable[[], None],
         on_progress: Callable[[], None],
     ) -> None:
         self.domain = registration.id
-        self.monitor: Monitor | None = None
+        self.monitor: Runner | None = None
         self.process: Process | None = None
         self.tried = asyncio.Event()
         self.error: Problem | None = None
-        self.last_words: Mapping[str, Observed] = {}
+        self.final_reports: Mapping[str, Observed] = {}
         self._registration = registration
-        self._connector = connector
+        self._driver = driver
         self._clock = clock
         self._hint = hint
         self._on_progress = on_progress
@@ -89,7 +80,7 @@ class MonitorConnection:
         self._hung = False
         self._welcomed = False
         self._guest_running = True
-        self._connecting: asyncio.Task[Monitor] | None = None
+        self._connecting: asyncio.Task[Runner] | None = None
         self._probe: asyncio.Task[bool] | None = None
         self._attempts = 0
         self._since = 0.0
@@ -103,7 +94,7 @@ class MonitorConnection:
         return self.monitor.facts if self.monitor else None
 
     @property
-    def usable(self) -> Monitor | None:
+    def usable(self) -> Runner | None:
         """The monitor, if QEMU answers there."""
         return None if self._hung else self.monitor
 
@@ -124,18 +115,18 @@ class MonitorConnection:
     def is_alive(self, process: Process | None = None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to run still."""
         which = process or self.process
-        return which is not None and self._connector.alive(which) is True
+        return which is not None and self._driver.alive(which) is True
 
     def is_gone(self, process: Process | None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to have ended."""
         which = process or self.process
-        return which is not None and self._connector.alive(which) is False
+        return which is not None and self._driver.alive(which) is False
 
     def is_with(self, process: Process | None) -> bool:
         """Whether it is that process that answers, as far as can be told."""
         return self.monitor is not None and same_process(process, self.process)
 
-    def require(self) -> Monitor:
+    def require(self) -> Runner:
         """The monitor; raises `Refused` where QEMU can't be asked."""
         monitor = self.usable
         if monitor is None:
@@ -172,7 +163,7 @@ class MonitorConnection:
             self._probe = asyncio.create_task(_ask_for_life(self.monitor))
             self._probe.add_done_callback(lambda _task: self._on_progress())
         elif self._registration.address is not None:
-            self._connecting = asyncio.create_task(self._connector.connect(self._registration.address, self._hint))
+            self._connecting = asyncio.create_task(self._driver.connect(self._registration.address, self._hint))
             self._connecting.add_done_callback(lambda _task: self._on_progress())
 
     async def end(self) -> Change | None:
@@ -217,7 +208,7 @@ class MonitorConnection:
         if self.monitor is not None:
             await self.monitor.close()
 
-    def _connected(self, monitor: Monitor) -> Change:
+    def _connected(self, monitor: Runner) -> Change:
         self.monitor, self.process = monitor, monitor.facts.process
         self._busy, self._hung, self._welcomed = False, False, False
         self._since = self._clock.monotonic()
@@ -236,7 +227,7 @@ class MonitorConnection:
     async def _lose(self, why: str) -> Change:
         await self._stop_probe()
         if self.monitor is not None:
-            self.last_words = dict(self.monitor.last_words)
+            self.final_reports = dict(self.monitor.final_reports)
             await self.monitor.close()
         self.monitor, self._hung = None, False
         self.error = self._unreachable(why)
@@ -260,7 +251,7 @@ class MonitorConnection:
         return Problem(code=Code.MONITOR_UNREACHABLE, detail=f"domain {self._registration.id}: {why}")
 
 
-async def _ask_for_life(monitor: Monitor) -> bool:
+async def _ask_for_life(monitor: Runner) -> bool:
     try:
         async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
             return await monitor.guest_running()

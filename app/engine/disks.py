@@ -6,7 +6,8 @@ from app.core.chain import Disk, matching_disks
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
 from app.engine.connection import MonitorConnection
-from app.engine.ports import Images, Registration
+from app.engine.ports.images import Images
+from app.engine.ports.journal import Registration
 from app.engine.views import DomainState
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -14,7 +14,10 @@ from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
 from app.engine.actor import Actor
-from app.engine.ports import Address, DomainEvent, JournalFull, Registration
+from app.engine.ports.discovery import Discovery
+from app.engine.ports.driver import Address
+from app.engine.ports.events import DomainEvent
+from app.engine.ports.journal import JournalFull, Registration
 from app.engine.shared import Shared
 from app.engine.views import DomainState
 
@@ -27,18 +30,6 @@ STOP: Final = 2.0
 """Seconds that the actors get at shutdown to end what they are doing; the service as a whole has 5."""
 
 DAY: Final = 24 * 3600
-
-
-class Discovery(Protocol):
-    """Finds monitors by themselves."""
-
-    def looks(self) -> AsyncIterator[Mapping[str, str]]:
-        """All sockets that are there (domain id -> path), first at once and then at each look."""
-        ...
-
-    def path_of(self, domain: str) -> str | None:
-        """Where the socket of a domain of that id would be; None if nothing is discovered."""
-        ...
 
 
 class DomainDirectory:

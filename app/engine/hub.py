@@ -15,7 +15,9 @@ from typing import Final
 
 from app.core.errors import Code, Problem, Refused
 from app.core.job import ENDINGS
-from app.engine.ports import Clock, EventFilter, Journal, StoredEvent
+from app.engine.ports.clock import Clock
+from app.engine.ports.events import EventFilter, StoredEvent
+from app.engine.ports.journal import Journal
 
 RING: Final = 8192
 """Events that are kept at hand for the subscribers."""

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.engine.ports import Clock, IdempotencyKey, Journal, StoredAnswer
+from app.engine.ports.clock import Clock
+from app.engine.ports.journal import IdempotencyKey, Journal, StoredAnswer
 
 KEPT_FOR: Final = 24 * 3600 * 1000
 """How long a key is kept, in ms."""

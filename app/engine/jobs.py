@@ -42,7 +42,9 @@ from app.core.progress import Meter
 from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
 from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
-from app.engine.ports import Declined, IdempotencyKey, JobConflict, JournalFull, Monitor, MonitorError, Webhook
+from app.engine.ports.driver import Declined, MonitorError, Runner
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull
+from app.engine.ports.outbox import Webhook
 from app.engine.shared import Shared
 
 log = structlog.get_logger(__name__)
@@ -83,7 +85,7 @@ class DomainJobs:
         self._meters: dict[str, Meter] = {}
         self._progress_due: dict[str, float] = {}
         self._paused_since: dict[str, float] = {}
-        self._carry: Final[dict[Command, Callable[[Monitor, Job], Awaitable[Input | None]]]] = {
+        self._carry: Final[dict[Command, Callable[[Runner, Job], Awaitable[Input | None]]]] = {
             Command.START: self._start,
             Command.COMPLETE: self._complete,
             Command.CANCEL: self._cancel,
@@ -228,7 +230,7 @@ class DomainJobs:
                 await self._end_with_qemu(job)
 
     async def _end_with_qemu(self, job: Job) -> Job:
-        said = self._connection.last_words.get(job.id)
+        said = self._connection.final_reports.get(job.id)
         if said is not None and job.state in WITH_QEMU:
             # QEMU told of the job's end before its own; nobody could ask it about that any more.
             await self.advance(job, said)
@@ -241,17 +243,17 @@ class DomainJobs:
         adopted at the next look.
         """
         monitor = self._connection.require()
-        seen = await monitor.jobs()
+        seen = await monitor.observe()
         records = {id_: job for id_ in seen if (job := await self.find(id_)) is not None}
         for id_ in leftovers(seen, records):
-            await monitor.dismiss(id_)
+            await monitor.conclude(id_)
         self._strays = strays(seen, records)
 
-    async def _adopt(self, monitor: Monitor) -> None:
+    async def _adopt(self, monitor: Runner) -> None:
         todo, self._strays = self._strays, []
         for id_ in todo:
             try:
-                stray = await monitor.stray(id_)
+                stray = await monitor.orphan(id_)
                 if stray is None:
                     self._shared.recovery.unknown(id_, self._connection.domain)
                     continue
@@ -266,13 +268,13 @@ class DomainJobs:
                 self._shared.budget.occupy(id_)
                 self._shared.recovery.adopted(self._keep(job))
 
-    async def _observe(self, monitor: Monitor) -> None:
+    async def _observe(self, monitor: Runner) -> None:
         now = self._shared.clock.monotonic()
-        seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.jobs()).items()}
+        seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.observe()).items()}
         for job in self.all():
-            if job.id not in seen and job.id in monitor.last_words and job.state in WITH_QEMU:
+            if job.id not in seen and job.id in monitor.final_reports and job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.
-                seen[job.id] = monitor.last_words[job.id]
+                seen[job.id] = monitor.final_reports[job.id]
         # A QEMU that lives on without its monitor goes on with its jobs.
         asked = [
             job
@@ -320,7 +322,7 @@ class DomainJobs:
             self.monitor_error = error
         return None
 
-    async def _start(self, monitor: Monitor, job: Job) -> Input:
+    async def _start(self, monitor: Runner, job: Job) -> Input:
         if job.id not in self._planned_now:
             # It has waited, in the queue or over a restart: the chain may be another one by now.
             disk = disk_of(job, await self._disks.read())
@@ -338,36 +340,36 @@ class DomainJobs:
             return Rejected(declined.problem)
         return Accepted(monitor.facts.process)
 
-    async def _complete(self, monitor: Monitor, job: Job) -> Input:
+    async def _complete(self, monitor: Runner, job: Job) -> Input:
         try:
-            await monitor.complete(job.id)
+            await monitor.pivot(job.id)
         except Declined as declined:
             return CompleteDeclined(declined.problem)
         return CompleteTaken()
 
-    async def _cancel(self, monitor: Monitor, job: Job) -> None:
-        await monitor.cancel(job.id, force=False)
+    async def _cancel(self, monitor: Runner, job: Job) -> None:
+        await monitor.abort(job.id, force=False)
 
-    async def _cancel_force(self, monitor: Monitor, job: Job) -> None:
-        await monitor.cancel(job.id, force=True)
+    async def _cancel_force(self, monitor: Runner, job: Job) -> None:
+        await monitor.abort(job.id, force=True)
 
-    async def _finalize(self, monitor: Monitor, job: Job) -> None:
+    async def _finalize(self, monitor: Runner, job: Job) -> None:
         # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
         if await self._flushed(monitor, job):
             # A pending job has written all that it will ever write.
             self._on_disk.add(job.id)
         await monitor.finalize(job.id)
 
-    async def _pause(self, monitor: Monitor, job: Job) -> None:
+    async def _pause(self, monitor: Runner, job: Job) -> None:
         await monitor.pause(job.id)
 
-    async def _resume(self, monitor: Monitor, job: Job) -> None:
+    async def _resume(self, monitor: Runner, job: Job) -> None:
         await monitor.resume(job.id)
 
-    async def _set_speed(self, monitor: Monitor, job: Job) -> None:
+    async def _set_speed(self, monitor: Runner, job: Job) -> None:
         await monitor.set_speed(job.id, job.bandwidth)
 
-    async def _check_chain(self, monitor: Monitor, job: Job) -> Input:
+    async def _check_chain(self, monitor: Runner, job: Job) -> Input:
         disk = disk_of(job, await self._disks.read())
         if disk is None:
             # It has been unplugged; what was merged below the active layer shows in a header all the same.
@@ -376,7 +378,7 @@ class DomainJobs:
         unsure = proof is Proof.MERGED and job.type is JobType.COMMIT and job.id not in self._on_disk
         return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))
 
-    async def _flushed(self, monitor: Monitor, job: Job) -> bool:
+    async def _flushed(self, monitor: Runner, job: Job) -> bool:
         """Have all that is merged below the active layer on the disk: else it would be lost if QEMU were killed.
 
         QEMU sees to that itself before a pivot. Below the active layer it does so after it has changed the header, and
@@ -419,7 +421,7 @@ class DomainJobs:
         else:
             # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
             # stored, so nothing is lost if the service ends in between: all of this is done again then.
-            await monitor.dismiss(job.id, work.release if merged and not kept else ())
+            await monitor.conclude(job.id, work.release if merged and not kept else ())
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else work.chain

@@ -12,7 +12,7 @@ import structlog
 from app.core.job import Job, State
 from app.core.machine.inputs import Accepted, Input, Observed
 from app.core.reconcile import how_proven
-from app.engine.ports import Clock
+from app.engine.ports.clock import Clock
 
 log = structlog.get_logger(__name__)
 

@@ -14,7 +14,9 @@ from app.core.plan import CommitRequest, Plan
 from app.engine.actor import Actor
 from app.engine.domains import DomainDirectory
 from app.engine.idempotency import IdempotencyKeys
-from app.engine.ports import EventFilter, IdempotencyKey, JobFilter, Registration, StoredEvent, Webhook
+from app.engine.ports.events import EventFilter, StoredEvent
+from app.engine.ports.journal import IdempotencyKey, JobFilter, Registration
+from app.engine.ports.outbox import Webhook
 from app.engine.recovery import Recovery
 from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainView

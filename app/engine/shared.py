@@ -10,7 +10,11 @@ from app.core.job import EventType, Job
 from app.core.reconcile import uses_base
 from app.engine.budget import Budget
 from app.engine.hub import Hub
-from app.engine.ports import Clock, Connector, Images, Journal, StoredEvent
+from app.engine.ports.clock import Clock
+from app.engine.ports.driver import Driver
+from app.engine.ports.events import StoredEvent
+from app.engine.ports.images import Images
+from app.engine.ports.journal import Journal
 from app.engine.recovery import Recovery
 from app.engine.views import Render
 
@@ -27,7 +31,7 @@ class Shared:
     anew, as nobody tells when somebody works on their images. `new_id` makes the id of a new job.
     """
 
-    connector: Connector
+    driver: Driver
     journal: Journal
     images: Images
     clock: Clock

@@ -9,7 +9,8 @@ from typing import Protocol
 from app.core.chain import Disk
 from app.core.errors import Problem
 from app.core.job import Job
-from app.engine.ports import StoredEvent, Webhook
+from app.engine.ports.events import StoredEvent
+from app.engine.ports.outbox import Webhook
 
 
 class DomainState(StrEnum):

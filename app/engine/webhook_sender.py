@@ -15,7 +15,11 @@ from typing import Final
 import structlog
 
 from app.core.outgoing import SCHEDULE, Answer, DeliveryState, disabling, next_wait, signatures
-from app.engine.ports import Clock, Delivery, JournalFull, Outbox, Sender, StoredEvent, Webhook
+from app.engine.ports.clock import Clock
+from app.engine.ports.events import StoredEvent
+from app.engine.ports.journal import JournalFull
+from app.engine.ports.outbox import Delivery, Outbox, Webhook
+from app.engine.ports.sender import Sender
 from app.engine.views import EventRenderer
 
 log = structlog.get_logger(__name__)

@@ -8,7 +8,9 @@ from typing import Final
 
 from app.core.errors import Code, Problem, Refused, invalid
 from app.core.outgoing import ROTATION
-from app.engine.ports import Clock, Delivery, Outbox, Sender, Webhook
+from app.engine.ports.clock import Clock
+from app.engine.ports.outbox import Delivery, Outbox, Webhook
+from app.engine.ports.sender import Sender
 from app.engine.webhook_sender import WebhookSender
 
 WEBHOOKS_MAX: Final = 1000

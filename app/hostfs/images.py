@@ -21,7 +21,7 @@ from app.core.chain import Disk, Identity, Layer
 from app.core.errors import Code, Problem, Refused
 from app.core.job import NotDeleted, Process
 from app.core.plan import Selection
-from app.engine.ports import Measure
+from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.locks import is_locked, locked_files
 from app.hostfs.process import alive, as_seen_by, open_files, open_folder, place_of

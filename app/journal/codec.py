@@ -7,7 +7,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from app.core.job import Job
-from app.engine.ports import Registration
+from app.engine.ports.journal import Registration
 
 _JOB: Final = TypeAdapter(Job)
 _REGISTRATION: Final = TypeAdapter(Registration)

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from app.engine.ports import JournalFull
+from app.engine.ports.journal import JournalFull
 
 FILE: Final = "journal.sqlite3"
 

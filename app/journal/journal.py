@@ -20,19 +20,10 @@ from typing import Any, Final, TypeVar
 from app.core.job import Job, State
 from app.core.machine.reports import StoredVersion
 from app.engine.idempotency import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
-from app.engine.ports import (
-    Clock,
-    DomainEvent,
-    EventFilter,
-    IdempotencyKey,
-    JobConflict,
-    JobFilter,
-    JournalFull,
-    Registration,
-    StoredAnswer,
-    StoredEvent,
-    Webhook,
-)
+from app.engine.ports.clock import Clock
+from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JobFilter, JournalFull, Registration, StoredAnswer
+from app.engine.ports.outbox import Webhook
 from app.engine.views import Render
 from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
 from app.journal.database import connect, connect_to_read, transaction

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import TypeAdapter
 
 from app.core.outgoing import Answer, DeliveryState
-from app.engine.ports import WEBHOOK_DISABLED, Clock, Delivery, StoredEvent, Webhook
+from app.engine.ports.clock import Clock
+from app.engine.ports.events import WEBHOOK_DISABLED, StoredEvent
+from app.engine.ports.outbox import Delivery, Webhook
 
 if TYPE_CHECKING:
     from app.journal.journal import SqliteJournal

@@ -12,7 +12,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Final, Self
 
-from app.engine.ports import Clock, Role, Token
+from app.engine.ports.clock import Clock
+from app.engine.ports.tokens import Role, Token
 from app.journal.database import connect, transaction
 
 ADMIN: Final = "admin"

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from app.api.server import Server
-from app.engine.ports import Role
+from app.engine.ports.tokens import Role
 from app.journal.tokens import Tokens
 from app.settings import Settings, load
 from app.wiring import SystemClock, running

@@ -14,7 +14,7 @@ from app.api.metrics import Metrics
 from app.api.observe import ABORT, RequestObserver
 from app.api.server import Server
 from app.engine.hub import Hub
-from app.engine.ports import StoredEvent
+from app.engine.ports.events import StoredEvent
 from app.settings import load
 from app.wiring import running
 

@@ -18,7 +18,7 @@ from app.api.render import JsonRender
 from app.api.server import Server
 from app.core.errors import Code, Problem
 from app.engine.hub import Hub
-from app.engine.ports import Role, Token
+from app.engine.ports.tokens import Role, Token
 from app.journal.journal import SqliteJournal
 from app.settings import Listen
 from app.wiring import SystemClock

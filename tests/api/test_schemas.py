@@ -12,7 +12,7 @@ from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.job import DataState, Job, NotDeleted, Progress, Result, State
 from app.core.plan import CommitRequest, Facts, Plan, choose_layers, commit_request, plan_commit
-from app.engine.ports import StoredEvent
+from app.engine.ports.events import StoredEvent
 from app.engine.views import DiskView, DomainState, DomainView
 
 LAYERS = tuple(

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from httpx_sse import ServerSentEvent, connect_sse
 
-from app.engine.ports import Role
+from app.engine.ports.tokens import Role
 from app.journal.tokens import Tokens
 from app.settings import load
 from app.wiring import SystemClock

@@ -13,7 +13,7 @@ from app.core.errors import Code, Refused
 from app.core.job import Job
 from app.engine import hub as hub_module
 from app.engine.hub import Hub
-from app.engine.ports import DomainEvent, EventFilter, StoredEvent
+from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
 from app.engine.views import DomainView
 from app.journal.journal import SqliteJournal
 from app.wiring import SystemClock

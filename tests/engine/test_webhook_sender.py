@@ -11,7 +11,9 @@ import pytest
 
 from app.core.outgoing import Answer, DeliveryState
 from app.engine import webhook_sender as module
-from app.engine.ports import Delivery, DomainEvent, JournalFull, StoredEvent, Webhook
+from app.engine.ports.events import DomainEvent, StoredEvent
+from app.engine.ports.journal import JournalFull
+from app.engine.ports.outbox import Delivery, Webhook
 from app.engine.webhook_sender import WebhookSender
 from app.journal.outbox import SqliteOutbox
 from tests.journal.support import SetClock, opened

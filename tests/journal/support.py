@@ -13,7 +13,7 @@ from typing import TypeVar
 from app.core.flags import CommitFlag
 from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Work
 from app.core.machine.reports import StoredVersion
-from app.engine.ports import StoredEvent
+from app.engine.ports.events import StoredEvent
 from app.engine.views import DomainView
 from app.journal.journal import SqliteJournal
 

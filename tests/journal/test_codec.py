@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app.core.errors import Problem
 from app.core.flags import CommitFlag
 from app.core.job import Job, Progress
-from app.engine.ports import Registration
+from app.engine.ports.journal import Registration
 from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
 
 from .support import make_job

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.ports import DomainEvent, EventFilter, JournalFull
+from app.engine.ports.events import DomainEvent, EventFilter
+from app.engine.ports.journal import JournalFull
 from app.journal.database import JournalUnusable, connect
 from app.journal.journal import SqliteJournal
 

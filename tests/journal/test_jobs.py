@@ -12,7 +12,9 @@ import pytest
 
 from app.core.job import DataState, EventType, Intent, Job, State
 from app.core.machine.reports import StoredVersion
-from app.engine.ports import Address, DomainEvent, EventFilter, JobConflict, JobFilter, Registration
+from app.engine.ports.driver import Address
+from app.engine.ports.events import DomainEvent, EventFilter
+from app.engine.ports.journal import JobConflict, JobFilter, Registration
 from app.journal.journal import LostUpdate, SqliteJournal
 
 from .support import SetClock, ended, heard_by, make_job, opened, queued, run, started

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.engine.idempotency import KEPT_FOR
-from app.engine.ports import IdempotencyKey, JobConflict, JobFilter, StoredAnswer
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JobFilter, StoredAnswer
 from app.journal.journal import SqliteJournal
 
 from .support import DAY, SetClock, ended, make_job, queued, run

@@ -11,7 +11,9 @@ import pytest
 
 from app.core.job import State
 from app.core.outgoing import Answer, DeliveryState
-from app.engine.ports import DomainEvent, EventFilter, JobConflict, Webhook
+from app.engine.ports.events import DomainEvent, EventFilter
+from app.engine.ports.journal import JobConflict
+from app.engine.ports.outbox import Webhook
 from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox
 

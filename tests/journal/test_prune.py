@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from app.engine.ports import DomainEvent, EventFilter, JobFilter
+from app.engine.ports.events import DomainEvent, EventFilter
+from app.engine.ports.journal import JobFilter
 from app.journal.journal import SqliteJournal
 
 from .support import DAY, SetClock, ended, make_job, queued, run, started

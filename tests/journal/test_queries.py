@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from app.core.job import State
-from app.engine.ports import DomainEvent, EventFilter, IdempotencyKey, JobFilter, Webhook
+from app.engine.ports.events import DomainEvent, EventFilter
+from app.engine.ports.journal import IdempotencyKey, JobFilter
+from app.engine.ports.outbox import Webhook
 from app.journal import journal as module
 from app.journal.database import connect, connect_to_read
 from app.journal.journal import SqliteJournal

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.ports import Role, Token
+from app.engine.ports.tokens import Role, Token
 from app.journal.tokens import TokenError, Tokens
 
 from .support import SetClock, opened
@@ -24,7 +24,7 @@ from .support import SetClock, opened
 COMMAND = """
 import sys
 from pathlib import Path
-from app.engine.ports import Role
+from app.engine.ports.tokens import Role
 from app.journal.tokens import Tokens
 from tests.journal.support import SetClock
 verb, state_dir, name = sys.argv[1:]

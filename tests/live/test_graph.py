@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from app.drivers.qmp import graph
-from app.drivers.qmp.monitor import NODES_SAFE, QmpConnector, QmpMonitor
-from app.engine.ports import Address, Declined
+from app.drivers.qmp.runner import NODES_SAFE, QmpDriver, QmpRunner
+from app.engine.ports.driver import Address, Declined
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 
 pytestmark = pytest.mark.live
 
 
-async def connect(qemu: Qemu) -> QmpMonitor:
+async def connect(qemu: Qemu) -> QmpRunner:
     """The service's monitor of that QEMU."""
-    return await QmpConnector(10).connect(Address(unix=str(qemu.monitor)), lambda: None)
+    return await QmpDriver(10).connect(Address(unix=str(qemu.monitor)), lambda: None)
 
 
 def end_of_stream(qemu: Qemu, *, base: str) -> None:
@@ -62,7 +62,7 @@ def test_connecting_to_a_concluded_stream(tmp_path: Path) -> None:
                 with pytest.raises(Declined) as declined:
                     await monitor.disks()
                 assert declined.value.problem.extra == {"job": "pull"}
-            await monitor.dismiss("pull")
+            await monitor.conclude("pull")
             assert (await monitor.disks())[0].files == (chain.files[0], chain.files[2])
             await monitor.close()
 

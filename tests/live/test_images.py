@@ -20,7 +20,7 @@ from app.core.errors import Code, Refused
 from app.core.flags import CommitFlag
 from app.core.job import NotDeleted, Process
 from app.core.plan import CommitRequest, Selection, choose_layers
-from app.engine.ports import Measure
+from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.images import HEADER, LocalImages
 from app.hostfs.process import start_time

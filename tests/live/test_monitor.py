@@ -17,8 +17,8 @@ import pytest
 
 from app.core.chain import Disk
 from app.core.job import Process
-from app.drivers.qmp.monitor import HINTS, LAST_WORDS_MAX, NEEDED, QmpConnector, QmpMonitor
-from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
+from app.drivers.qmp.runner import FINAL_REPORTS_MAX, HINTS, NEEDED, QmpDriver, QmpRunner
+from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
 from app.hostfs.images import with_files
 from app.hostfs.process import start_time
 from tests.support.chains import blockdev, build_chain
@@ -70,9 +70,9 @@ def run(story: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def connected(
     path: Path, *, patience: float = 10, hint: Callable[[], None] = lambda: None
-) -> AsyncGenerator[QmpMonitor]:
+) -> AsyncGenerator[QmpRunner]:
     """A monitor that is closed at the end."""
-    monitor = await QmpConnector(patience).connect(Address(unix=str(path)), hint)
+    monitor = await QmpDriver(patience).connect(Address(unix=str(path)), hint)
     try:
         yield monitor
     finally:
@@ -122,7 +122,7 @@ def test_ended_while_its_disks_are_read(tmp_path: Path, path: Path, monkeypatch:
                     qemu.kill()
                     return with_files(disks, process)
 
-                monkeypatch.setattr("app.drivers.qmp.monitor.with_files", ends_first)
+                monkeypatch.setattr("app.drivers.qmp.runner.with_files", ends_first)
                 with pytest.raises(Unreachable):
                     await monitor.disks()
 
@@ -194,7 +194,7 @@ def test_no_socket(path: Path) -> None:
 
     async def story() -> None:
         with pytest.raises(Unreachable, match=rf"{path}.*No such file"):
-            await QmpConnector(5).connect(Address(unix=str(path)), lambda: None)
+            await QmpDriver(5).connect(Address(unix=str(path)), lambda: None)
 
     run(story())
 
@@ -209,9 +209,9 @@ def test_nobody_listens(path: Path) -> None:
 
     async def story() -> None:
         with pytest.raises(Unreachable, match=r"refused"):
-            await QmpConnector(5).connect(Address(unix=str(path)), lambda: None)
+            await QmpDriver(5).connect(Address(unix=str(path)), lambda: None)
         with pytest.raises(Unreachable):
-            await QmpConnector(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
+            await QmpDriver(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
 
     run(story())
 
@@ -230,7 +230,7 @@ def test_a_host_that_does_not_answer() -> None:
                 waiting.setblocking(False)
                 waiting.connect_ex(server.getsockname())
             with pytest.raises(Unreachable, match="no connection within"):
-                await QmpConnector(SHORT).connect(Address(tcp=server.getsockname()), lambda: None)
+                await QmpDriver(SHORT).connect(Address(tcp=server.getsockname()), lambda: None)
 
     run(story())
 
@@ -244,7 +244,7 @@ def test_another_client_holds_the_monitor(path: Path, qemu: Qemu) -> None:
         assert b"QMP" in await reader.readline()
         begin = time.monotonic()
         with pytest.raises(Busy, match="another client"):
-            await QmpConnector(SHORT).connect(Address(unix=str(path)), lambda: None)
+            await QmpDriver(SHORT).connect(Address(unix=str(path)), lambda: None)
         assert SHORT <= time.monotonic() - begin < SHORT + 3
         writer.close()
         await writer.wait_closed()
@@ -261,7 +261,7 @@ def test_a_stopped_process(path: Path, qemu: Qemu) -> None:
     async def story() -> None:
         qemu.pause()
         with pytest.raises(Unreachable, match=f"{qemu.pid}.*stopped"):
-            await QmpConnector(SHORT).connect(Address(unix=str(path)), lambda: None)
+            await QmpDriver(SHORT).connect(Address(unix=str(path)), lambda: None)
         qemu.wake()
         async with connected(path) as monitor:
             assert not await monitor.guest_running()
@@ -309,7 +309,7 @@ def test_what_is_no_qmp(path: Path, said: bytes, *, hang_up: bool) -> None:
             begin = time.monotonic()
             # Unanswered: what it said passed for a greeting and an answer to the negotiation.
             with pytest.raises((Unreachable, Busy, Unanswered)):
-                await QmpConnector(SHORT).connect(Address(unix=str(path)), lambda: None)
+                await QmpDriver(SHORT).connect(Address(unix=str(path)), lambda: None)
             assert time.monotonic() - begin < SHORT + 3
 
     run(story())
@@ -359,7 +359,7 @@ def test_who_answers(tmp_path: Path) -> None:
                 assert facts.process == Process(pid=qemu.pid, started=start_time(qemu.pid), uuid=uuid)
                 version = qemu.qmp("query-version")["qemu"]
                 assert facts.version == f"{version['major']}.{version['minor']}.{version['micro']}"
-                assert await monitor.jobs() == {}
+                assert await monitor.observe() == {}
                 assert await monitor.disks() == ()
                 with pytest.raises(Declined, match="bj-none") as declined:
                     await monitor.set_speed("bj-none", 1)
@@ -397,7 +397,7 @@ def test_a_monitor_over_tcp() -> None:
 
     async def story() -> None:
         async with pretender(None, like_qemu()) as port:
-            monitor = await QmpConnector(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
+            monitor = await QmpDriver(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
             assert await monitor.guest_running()
             assert monitor.facts.process.pid is None
             await monitor.close()
@@ -478,9 +478,9 @@ def test_thousands_of_events_keep_no_memory(path: Path) -> None:
                 tracemalloc.stop()
             # 12,000 events that were kept would be some 10 MB.
             assert grown < MIB
-            assert len(monitor.last_words) <= LAST_WORDS_MAX
-            assert monitor.last_words["job1999"].status == "concluded"
-            assert "job0" not in monitor.last_words
+            assert len(monitor.final_reports) <= FINAL_REPORTS_MAX
+            assert monitor.final_reports["job1999"].status == "concluded"
+            assert "job0" not in monitor.final_reports
 
     assert "BLOCK_JOB_ERROR" not in HINTS
     run(story())
@@ -522,7 +522,7 @@ def test_a_process_that_stops_and_goes_on(path: Path, qemu: Qemu) -> None:
             await asyncio.to_thread(qemu.qmp, "query-status")
             assert monitor.connected
             assert not await monitor.guest_running()
-            assert await monitor.jobs() == {}
+            assert await monitor.observe() == {}
 
     run(story())
 
@@ -534,12 +534,12 @@ def test_a_killed_process(path: Path, qemu: Qemu) -> None:
         hints: list[None] = []
         async with connected(path, hint=lambda: hints.append(None)) as monitor:
             process = monitor.facts.process
-            assert QmpConnector(5).alive(process) is True
+            assert QmpDriver(5).alive(process) is True
             qemu.kill()
             await reached(lambda: bool(hints) and not monitor.connected)
             with pytest.raises(Unreachable):
                 await monitor.guest_running()
-            assert QmpConnector(5).alive(process) is False
+            assert QmpDriver(5).alive(process) is False
 
     run(story())
 
@@ -565,7 +565,7 @@ def test_closing_never_raises(path: Path, qemu: Qemu, how: str) -> None:
     """The connection can be closed in any condition, in time, and nothing is left of it."""
 
     async def story() -> None:
-        monitor = await QmpConnector(60).connect(Address(unix=str(path)), lambda: None)
+        monitor = await QmpDriver(60).connect(Address(unix=str(path)), lambda: None)
         waiting: asyncio.Task[bool] | None = None
         if how == "twice":
             await monitor.close()
@@ -594,7 +594,7 @@ def test_an_attempt_that_is_given_up(path: Path, qemu: Qemu) -> None:
 
     async def story() -> None:
         for steps in range(12):
-            attempt = asyncio.create_task(QmpConnector(5).connect(Address(unix=str(path)), lambda: None))
+            attempt = asyncio.create_task(QmpDriver(5).connect(Address(unix=str(path)), lambda: None))
             for _ in range(steps * 3):
                 await asyncio.sleep(0)
             attempt.cancel()
@@ -618,7 +618,7 @@ def test_many_connections_leak_nothing(path: Path, qemu: Qemu) -> None:
             async with connected(path):
                 pass
             with pytest.raises(Unreachable):
-                await QmpConnector(5).connect(Address(unix=str(missing)), lambda: None)
+                await QmpDriver(5).connect(Address(unix=str(missing)), lambda: None)
         await reached(lambda: open_files() <= before)
 
     assert qemu.process.poll() is None

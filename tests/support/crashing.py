@@ -22,7 +22,10 @@ from app.api.render import JsonRender
 from app.core.chain import Identity
 from app.core.job import Job, NotDeleted, Process, State
 from app.core.machine.reports import StoredVersion
-from app.engine.ports import Address, Connector, Images, Journal, Monitor, StoredEvent
+from app.engine.ports.driver import Address, Driver, Runner
+from app.engine.ports.events import StoredEvent
+from app.engine.ports.images import Images
+from app.engine.ports.journal import Journal
 from app.engine.shared import Shared
 from app.engine.views import DomainView
 from app.logs import configure
@@ -34,8 +37,8 @@ SENT: Final = 0.005
 
 QMP: Final = {
     "start": "block-commit",
-    "complete": "job-complete",
-    "cancel": "job-cancel",
+    "pivot": "job-complete",
+    "abort": "job-cancel",
     "disks": "read-chain",
     "flush": "flush",
     "finalize": "job-finalize",
@@ -163,35 +166,35 @@ class DyingJournal(Around):
         self._journal.listen(told)
 
 
-class DyingConnector(Around):
+class DyingDriver(Around):
     """Monitors with points around their commands, and one when QEMU tells of something."""
 
-    def __init__(self, inner: Connector, fuse: Fuse) -> None:
+    def __init__(self, inner: Driver, fuse: Fuse) -> None:
         super().__init__(inner, fuse, lambda _attribute, _arguments: None)
-        self._connector = inner
+        self._driver = inner
 
-    async def connect(self, address: Address, hint: Callable[[], None]) -> Monitor:
-        """As the connector's own."""
+    async def connect(self, address: Address, hint: Callable[[], None]) -> Runner:
+        """As the driver's own."""
 
         def hinted() -> None:
             self._fuse.reach("qemu-event")
             hint()
 
-        return cast(Monitor, DyingMonitor(await self._connector.connect(address, hinted), self._fuse))
+        return cast(Runner, DyingRunner(await self._driver.connect(address, hinted), self._fuse))
 
 
-class DyingMonitor(Around):
+class DyingRunner(Around):
     """A monitor, with points around its commands."""
 
-    def __init__(self, inner: Monitor, fuse: Fuse) -> None:
+    def __init__(self, inner: Runner, fuse: Fuse) -> None:
         super().__init__(inner, fuse, lambda attribute, _arguments: QMP.get(attribute))
         self._monitor = inner
 
-    async def dismiss(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
         """As the monitor's own, node by node."""
-        await self._fuse.around("job-dismiss", lambda: self._monitor.dismiss(job_id))
+        await self._fuse.around("job-dismiss", lambda: self._monitor.conclude(job_id))
         for number, node in enumerate(nodes, 1):
-            await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.dismiss(job_id, [node]))
+            await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.conclude(job_id, [node]))
 
 
 class DyingImages(Around):
@@ -226,7 +229,7 @@ def main() -> None:
 
     def wrap_ports(shared: Shared) -> None:
         shared.journal = cast(Journal, DyingJournal(shared.journal, fuse))
-        shared.connector = cast(Connector, DyingConnector(shared.connector, fuse))
+        shared.driver = cast(Driver, DyingDriver(shared.driver, fuse))
         shared.images = cast(Images, DyingImages(shared.images, fuse))
 
     settings = load(None, os.environ)

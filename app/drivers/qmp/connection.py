@@ -14,7 +14,7 @@ from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient
 from qemu.qmp.message import DeserializationError, Message, UnexpectedTypeError
 
 from app.core.errors import qemu_problem
-from app.engine.ports import Address, Busy, Declined, Unanswered, Unreachable
+from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
 from app.hostfs.process import is_stopped
 
 REPLY_MAX: Final = 64 << 20

@@ -1,4 +1,4 @@
-"""From QEMU's replies to disks and chains, by node. Nothing here asks QEMU; `app.drivers.qmp.monitor` does.
+"""From QEMU's replies to disks and chains, by node. Nothing here asks QEMU; `app.drivers.qmp.runner` does.
 
 QEMU before 10.1 does not say outright which node is whose child. `query-blockstats` without arguments does so by its
 nesting: every entry has `parent`, the node of its file, and `backing`, the node below. A filter has the node that it

@@ -19,7 +19,7 @@ from app.core.machine.inputs import Observed
 from app.core.qmp import block_commit_arguments
 from app.drivers.qmp import graph
 from app.drivers.qmp.connection import Connection
-from app.engine.ports import Address, Declined, QemuFacts, Unreachable
+from app.engine.ports.driver import Address, Declined, QemuFacts, Unreachable
 from app.hostfs.images import with_files
 from app.hostfs.process import alive, folder_of, start_time
 
@@ -67,7 +67,7 @@ HINTS: Final = frozenset(
 STOPS: Final = frozenset({"paused", "ready", "standby", "pending", "concluded", "null"})
 """Statuses of a job (QAPI `JobStatus`) at which there may be something to do. It leaves the others by itself."""
 
-LAST_WORDS_MAX: Final = 256
+FINAL_REPORTS_MAX: Final = 256
 
 READS: Final = 3
 """How often the disks are read before a graph that changes all the while is given up."""
@@ -89,8 +89,8 @@ def _understood() -> Generator[None]:
         raise Unreachable(f"the program behind the monitor answers as no QEMU does: {error!r}") from error
 
 
-class QmpMonitor:
-    """The `Monitor` port over a QMP connection."""
+class QmpRunner:
+    """The `Runner` port over a QMP connection."""
 
     def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: _Events) -> None:
         self.facts = facts
@@ -106,9 +106,9 @@ class QmpMonitor:
         return self._connection.connected
 
     @property
-    def last_words(self) -> Mapping[str, Observed]:
+    def final_reports(self) -> Mapping[str, Observed]:
         """How jobs ended, by QEMU's events: all there is once QEMU has ended itself."""
-        return self._events.last_words
+        return self._events.final_reports
 
     async def guest_running(self) -> bool:
         """Whether the guest's processors run (QAPI `query-status`)."""
@@ -188,7 +188,7 @@ class QmpMonitor:
     async def _property(self, path: str, name: str) -> str:
         return str(await self._connection.execute("qom-get", {"path": path, "property": name}))
 
-    async def jobs(self) -> Mapping[str, Observed]:
+    async def observe(self) -> Mapping[str, Observed]:
         """Every job that QEMU has, by id (QAPI `query-jobs`, and `query-block-jobs` for I/O errors)."""
         execute = self._connection.execute
         jobs, block_jobs = await asyncio.gather(execute("query-jobs"), execute("query-block-jobs"))
@@ -204,7 +204,7 @@ class QmpMonitor:
                 for job in jobs
             }
 
-    async def stray(self, job_id: str) -> OrphanJob | None:
+    async def orphan(self, job_id: str) -> OrphanJob | None:
         """What a job works on of which there is no record (`x-debug-query-block-graph`)."""
         if "x-debug-query-block-graph" not in self._commands:
             return None
@@ -231,11 +231,11 @@ class QmpMonitor:
         )
         await self._connection.execute("block-commit", {"job-id": job.id} | arguments)
 
-    async def complete(self, job_id: str) -> None:
+    async def pivot(self, job_id: str) -> None:
         """Ask a ready job to pivot (QAPI `job-complete`)."""
         await self._connection.execute("job-complete", {"id": job_id})
 
-    async def cancel(self, job_id: str, *, force: bool) -> None:
+    async def abort(self, job_id: str, *, force: bool) -> None:
         """Cancel (QAPI `block-job-cancel`, or `job-cancel`, which is always by force)."""
         if force:
             await self._tolerant("job-cancel", {"id": job_id}, "cannot accept command verb", "not found")
@@ -272,7 +272,7 @@ class QmpMonitor:
         if said:
             raise Declined(Problem(code=Code.QEMU_ERROR, detail=f"{line}: {said}"))
 
-    async def dismiss(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
         """Let QEMU forget a concluded job (QAPI `job-dismiss`), and delete nodes (QAPI `blockdev-del`).
 
         The nodes that QEMU made itself go with the node above them.
@@ -284,7 +284,7 @@ class QmpMonitor:
         dismissed, *deleted = await asyncio.gather(dismissal, *deletions, return_exceptions=True)
         if isinstance(dismissed, BaseException):
             raise dismissed
-        self._events.last_words.pop(job_id, None)
+        self._events.final_reports.pop(job_id, None)
         for node, answer in zip(nodes, deleted, strict=True):
             if isinstance(answer, Declined):
                 log.debug("node not deleted", node=node, reason=answer.problem.detail)
@@ -311,7 +311,7 @@ class _Events:
     """What is taken from QEMU's events: that it is time to look, and how jobs ended."""
 
     def __init__(self, hint: Callable[[], None]) -> None:
-        self.last_words: dict[str, Observed] = {}
+        self.final_reports: dict[str, Observed] = {}
         self._hint = hint
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -319,29 +319,29 @@ class _Events:
         if name in ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"):
             data = event["data"]
             error = CANCELED if name == "BLOCK_JOB_CANCELLED" else data.get("error")
-            if len(self.last_words) >= LAST_WORDS_MAX:
-                self.last_words.pop(next(iter(self.last_words)))
+            if len(self.final_reports) >= FINAL_REPORTS_MAX:
+                self.final_reports.pop(next(iter(self.final_reports)))
             progress = Progress(current=data["offset"], end=data["len"])
-            self.last_words[data["device"]] = Observed(status="concluded", progress=progress, error=error)
+            self.final_reports[data["device"]] = Observed(status="concluded", progress=progress, error=error)
         # A job tells of each of its steps, and most of them are on the way to one that matters.
         if name in HINTS or (name == "JOB_STATUS_CHANGE" and event["data"].get("status") in STOPS):
             self._hint()
 
 
-class QmpConnector:
-    """The `Connector` port; `timeout` is the most seconds that one command may take."""
+class QmpDriver:
+    """The `Driver` port; `timeout` is the most seconds that one command may take."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
 
-    async def connect(self, address: Address, hint: Callable[[], None]) -> QmpMonitor:
+    async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
         """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
         events = _Events(hint)
         connection = await Connection.open(address, self._timeout, events, hint)
         try:
             with _understood():
                 commands = frozenset(command["name"] for command in await connection.execute("query-commands"))
-                return QmpMonitor(connection, await _facts(connection, commands), commands, events)
+                return QmpRunner(connection, await _facts(connection, commands), commands, events)
         except BaseException:
             await connection.close()
             raise

@@ -1,0 +1,74 @@
+"""Image files, as the engine needs to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.core.chain import Disk, Identity
+from app.core.job import NotDeleted, Process
+from app.core.plan import Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """From the images' own maps, in bytes: what a commit copies, and how much of it is new to the base."""
+
+    bytes_to_copy: int
+    new_bytes: int
+
+
+class Images(Protocol):
+    """Image files, seen from the service. Blocking work is done off the event loop.
+
+    `process` is the QEMU whose view of the file system the paths are in; None: the service's own.
+    """
+
+    async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
+        """The identities of those of the `names` that are paths of files that can be seen."""
+        ...
+
+    async def free_bytes(self, path: str, process: Process | None) -> int | None:
+        """Free bytes of the file system that holds `path`; None where it can't be seen."""
+        ...
+
+    async def is_device(self, path: str, process: Process | None) -> bool:
+        """Whether `path` is a block device, which does not grow."""
+        ...
+
+    async def locked(self, path: str, process: Process | None) -> bool:
+        """Whether a process other than `process` holds an image lock on `path`."""
+        ...
+
+    async def measure(self, chosen: Selection, process: Process | None) -> Measure | None:
+        """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
+        ...
+
+    async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
+        """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
+        ...
+
+    async def unlink(
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
+        """Unlink files: (deleted, not deleted). One that is gone already counts as deleted.
+
+        A file whose identity is another than the one given, or not known, is left. `in_use` names who still uses a
+        file, or returns None; it is asked right before each unlink.
+        """
+        ...
+
+    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
+        """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
+
+        Nor is it read where another file than that of `identity` is called `overlay` by now.
+        """
+        ...
+
+    async def offline_disk(self, name: str, image: str) -> Disk:
+        """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
+        ...

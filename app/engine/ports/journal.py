@@ -1,0 +1,151 @@
+"""What is kept over restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app.core.job import Job, State
+from app.core.machine.reports import StoredVersion
+from app.engine.ports.driver import Address
+from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
+from app.engine.ports.outbox import Webhook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """A domain as it was registered (or found: then `discovered`). `disks` maps target names to image paths."""
+
+    id: str
+    address: Address | None = None
+    disks: Mapping[str, str] = field(default_factory=dict[str, str])
+    allow_managed: bool = False
+    discovered: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs to list. None: any. `before` is a cursor from an earlier page."""
+
+    domain: str | None = None
+    disk: str | None = None
+    state: State | None = None
+    active: bool | None = None
+    before: int | None = None
+    limit: int = 100
+
+
+class JournalFull(Exception):
+    """The journal can't be written (its file system is full, or it failed); nothing was stored."""
+
+
+class JobConflict(Exception):
+    """The disk has an unfinished job already; nothing was stored. `job_id` names it."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the disk has the unfinished job {job_id}")
+        self.job_id = job_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdempotencyKey:
+    """A request's Idempotency-Key: a client's (`who` is the name of its token), and the digest of what it asks for."""
+
+    who: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAnswer:
+    """What a request under a key has led to. Without an answer the service ended before there was one."""
+
+    fingerprint: str
+    job_id: str
+    status: int | None
+    body: str | None
+
+
+class Journal(Protocol):
+    """What is kept over restarts. Each write is one transaction, and durable when the call returns.
+
+    Writes raise `JournalFull`.
+    """
+
+    def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:
+        """Have `publish` called on the event loop with the events of each transaction, in the order of their ids.
+
+        That order can't be had from the writes' return values: tasks that wait for them may be resumed, or canceled,
+        in any order.
+        """
+        ...
+
+    async def add_job(
+        self, told: Sequence[StoredVersion], key: IdempotencyKey | None = None, callback: Webhook | None = None
+    ) -> None:
+        """Store a new job, version by version, with the key of the request that asked for it, and its callback.
+
+        Raises `JobConflict` where the disk has an unfinished one.
+        """
+        ...
+
+    async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
+        """What a key of that name led to, if it was stored at `since` (ms since 1970) or later."""
+        ...
+
+    async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
+        """Store the answer to the request that a key came with."""
+        ...
+
+    async def store(self, told: Sequence[StoredVersion]) -> None:
+        """Store versions of one job, in order, each with its event if it has one."""
+        ...
+
+    async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
+        """Store an event of a domain; `data` is the JSON text of its data."""
+        ...
+
+    async def job(self, job_id: str) -> Job | None:
+        """The last stored version of a job."""
+        ...
+
+    async def unfinished(self) -> Sequence[Job]:
+        """Every job that has not ended, oldest first."""
+        ...
+
+    async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
+        """Jobs, newest first, and the cursor of the next page (None: there is none)."""
+        ...
+
+    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
+        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`)."""
+        ...
+
+    async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
+        """Stored events with an id above `after`, oldest first."""
+        ...
+
+    async def event_bounds(self) -> tuple[int, int]:
+        """(id of the last event that was pruned, id of the last event); 0 where there is none."""
+        ...
+
+    async def registrations(self) -> Sequence[Registration]:
+        """The domains that were registered with PUT."""
+        ...
+
+    async def register(self, registration: Registration) -> None:
+        """Keep a registration, in place of an earlier one of the same id."""
+        ...
+
+    async def unregister(self, domain: str) -> None:
+        """Forget a registration."""
+        ...
+
+    async def prune(self, before: int) -> None:
+        """Delete ended jobs and events from before that time (ms since 1970)."""
+        ...
+
+    async def check(self) -> str | None:
+        """None if the journal can be written, else why not."""
+        ...
