@@ -23,7 +23,7 @@ INSTALL := $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install
 COMPARED := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients wrk
 
 # Folders of tests that start no QEMU. tests/core starts none either, and has a run of its own for its coverage.
-WITHOUT_QEMU := $(addprefix tests/, engine journal api webhooks)
+WITHOUT_QEMU := $(addprefix tests/, house engine journal api webhooks)
 # The path of a unix socket has 107 bytes at most, so the folder of the tests' temporary files has a short path.
 PYTEST = temporary=$$(mktemp -d /tmp/bj-XXXX); \
 	$(1) $(BIN)/python -m pytest --basetemp "$$temporary/t" --numprocesses $(2) --dist loadfile $(3) $(ARGS); \
