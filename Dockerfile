@@ -6,7 +6,7 @@ RUN apt-get update -qq \
  && rm -rf /var/lib/apt/lists/*
 COPY requirements.lock /src/
 RUN python3 -m venv /opt/blockjobd \
- && /opt/blockjobd/bin/pip install --quiet --no-cache-dir --requirement /src/requirements.lock
+ && /opt/blockjobd/bin/pip install --quiet --no-cache-dir --require-hashes --requirement /src/requirements.lock
 COPY . /src/
 RUN /opt/blockjobd/bin/pip install --quiet --no-cache-dir --no-deps /src \
  && /opt/blockjobd/bin/pip uninstall --quiet --yes pip

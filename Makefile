@@ -1,4 +1,5 @@
-# `make demo` and `make test` set up all that they need on a Debian machine, ask nothing, and skip what is there.
+# `make demo`, `make check` and `make test` set up all that they need on a Debian machine, ask nothing, and skip what is
+# there.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,47 +18,61 @@ WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := qemu-system-x86 qemu-utils python3-venv curl
+# RUNLEVEL=1 keeps Debian from starting the daemons of what it installs.
+INSTALL := $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes --no-install-recommends
 COMPARED := libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients wrk
+
+# Folders of tests that start no QEMU. tests/core starts none either, and has a run of its own for its coverage.
+WITHOUT_QEMU := $(addprefix tests/, house engine journal api webhooks)
+# The path of a unix socket has 107 bytes at most, so the folder of the tests' temporary files has a short path.
+PYTEST = temporary=$$(mktemp -d /tmp/bj-XXXX); \
+	$(1) $(BIN)/python -m pytest --basetemp "$$temporary/t" --numprocesses $(2) --dist loadfile $(3) $(ARGS); \
+	rm -rf "$$temporary"
 
 # What `blockjobd` needs to run, and what the tests need on top.
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
 LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
-	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line \
+	--generate-hashes
 
-.PHONY: help demo test torture fuzz bench serve openapi lock clean packages libvirt
+.PHONY: help demo check types core test torture fuzz bench serve openapi lock clean python qemu libvirt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
-demo: $(RUNTIME) ## A real QEMU loses layers of its chain through HTTP, every byte verified (ARGS=--once: and exit)
+demo: $(RUNTIME) | qemu ## A real QEMU loses layers of its chain through HTTP, every byte verified (ARGS=--once: and exit)
 	@$(BIN)/blockjobd demo $(ARGS)
 
-test: $(DEV) ## All checks and tests (QEMU=DIR: with the QEMU in DIR; ARGS: for pytest)
+check: $(DEV) ## All checks, and the tests that need no QEMU, in a minute (ARGS: for pytest)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	# Each of the two keeps one processor busy for half a minute.
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types core
+	$(call PYTEST,,2,$(WITHOUT_QEMU))
+
+types: $(DEV)
+	$(BIN)/basedpyright
+
+core: $(DEV)
 	$(BIN)/coverage run -m pytest tests/core $(ARGS)
 	$(BIN)/coverage report --fail-under=100
-	# The path of a unix socket has 107 bytes at most, so that of the temporary files is a short one.
-	temporary=$$(mktemp -d /tmp/bj-XXXX); \
-	$(WITH_QEMU) $(BIN)/python -m pytest --basetemp "$$temporary/t" --numprocesses $(WORKERS) --dist loadfile \
-		--ignore tests/core $(ARGS); \
-	rm -rf "$$temporary"
 
-torture: $(DEV) ## Merges under kills at random moments, all data compared (ROUNDS=20, SEED= to play the same plan again)
+test: check | qemu ## `make check`, and the tests on real QEMUs (QEMU=DIR: with the QEMU in DIR; ARGS: for pytest)
+	$(call PYTEST,$(WITH_QEMU),$(WORKERS),$(addprefix --ignore ,tests/core $(WITHOUT_QEMU)))
+
+torture: $(DEV) | qemu ## Merges under kills at random moments, all data compared (ROUNDS=20, SEED= to play the same plan again)
 	@$(WITH_QEMU) $(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
-fuzz: $(DEV) ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
+fuzz: $(DEV) | qemu ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
 	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
 
-bench: $(DEV) | libvirt ## Figures next to raw QMP and to libvirt, at scale (ARGS="small api": only these)
+bench: $(DEV) | qemu libvirt ## Figures next to raw QMP and to libvirt, at scale (ARGS="small api": only these)
 	@$(BIN)/python -m bench $(ARGS)
 
-serve: $(RUNTIME) ## The service, in the foreground (ARGS="--config FILE")
+serve: $(RUNTIME) | qemu ## The service, in the foreground (ARGS="--config FILE")
 	@$(BIN)/blockjobd serve $(ARGS)
 
 openapi: $(RUNTIME) ## Write what stands in openapi/ anew
@@ -73,19 +88,35 @@ clean: ## Remove the virtual environment and what tools have left
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --editable .
 	@touch $@
 
 $(DEV): requirements-dev.lock $(RUNTIME)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-dev.lock
 	@touch $@
 
 # An old pip may not know today's package formats.
-$(BIN)/python: | packages
+$(BIN)/python: | python
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "blockjobd needs Python 3.11 or newer; see make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+python:
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2> /dev/null; then \
+		$(SUDO) apt-get update -qq; \
+		$(INSTALL) python3-venv > /dev/null; \
+	fi
+
+qemu:
+	@missing=; \
+	for tool in qemu-system-x86_64 qemu-img qemu-io curl; do \
+		command -v $$tool > /dev/null || missing=1; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		$(SUDO) apt-get update -qq; \
+		$(INSTALL) qemu-system-x86 qemu-utils curl > /dev/null; \
+	fi
 
 # What `make bench` compares with.
 libvirt:
@@ -95,16 +126,5 @@ libvirt:
 	done; \
 	if [ -n "$$missing" ] || [ -z "$$(find /usr/lib -name libvirt_driver_qemu.so)" ]; then \
 		$(SUDO) apt-get update -qq; \
-		$(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes --no-install-recommends $(COMPARED) > /dev/null; \
-	fi
-
-packages:
-	@missing=; \
-	for tool in qemu-system-x86_64 qemu-img qemu-io curl $(PYTHON); do \
-		command -v $$tool > /dev/null || missing=1; \
-	done; \
-	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || missing=1; \
-	if [ -n "$$missing" ]; then \
-		$(SUDO) apt-get update -qq; \
-		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(PACKAGES) > /dev/null; \
+		$(INSTALL) $(COMPARED) > /dev/null; \
 	fi

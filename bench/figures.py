@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Row = Sequence[str]
@@ -84,13 +84,20 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Horizontal bars in groups: `bars` maps a group to the bars in it, by their names."""
+    """Horizontal bars in groups: `bars` maps a group to the bars in it, by their names.
+
+    A bar whose name is empty is labelled with its group alone.
+    """
 
     file: str
     title: str
     unit: str
     bars: Mapping[str, Mapping[str, float]]
     logarithmic: bool = False
+
+    def json(self) -> JSON:
+        """For the file of results, from which the picture can be drawn again."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +122,8 @@ def mib(size: float) -> str:
     """Bytes as MiB."""
     value = size / (1 << 20)
     return f"{value:.0f} MiB" if value >= 100 else f"{value:.1f} MiB" if value >= 1 else f"{value * 1024:.0f} KiB"
+
+
+def number(value: float) -> str:
+    """A value with three digits, or all that stand before the decimal point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -16,11 +16,15 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench.figures import Picture, Section
+from bench.figures import Picture, Section, number
 
 COLOURS = {"blockjobd": "#1f6feb", "bare script": "#8b949e", "bare route": "#8b949e", "virsh": "#d29922"}
 OTHERS = ("#1f6feb", "#2da44e", "#d29922", "#8250df")
+# The same picture gives the same file, and text stays text: drawn as outlines it would be most of the file.
+mpl.rcParams["svg.fonttype"] = "none"
 mpl.rcParams["svg.hashsalt"] = "blockjobd"
+mpl.rcParams["font.sans-serif"] = ["DejaVu Sans"]
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def versions() -> Mapping[str, str]:
@@ -67,10 +71,17 @@ def write_results(path: Path, sections: Sequence[Section], *, seconds: float) ->
                 {"header": list(table.header), "rows": [list(row) for row in table.rows]} for table in section.tables
             ],
             "goals": [goal.json() for goal in section.goals],
+            "pictures": [picture.json() for picture in section.pictures],
             **section.figures,
         }
     document = {"versions": versions(), "seconds": round(seconds, 1), "sections": dict(sorted(results.items()))}
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_pictures(path: Path) -> list[Picture]:
+    """The pictures of all sections that are in the file of results."""
+    results: dict[str, Any] = json.loads(path.read_text())["sections"]
+    return [Picture(**picture) for section in results.values() for picture in section["pictures"]]
 
 
 def write_tables(page: Path, sections: Sequence[Section]) -> None:
@@ -89,8 +100,12 @@ def write_tables(page: Path, sections: Sequence[Section]) -> None:
 def draw(picture: Picture, folder: Path) -> None:
     """Write a picture as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
+    _figure(picture).savefig(folder / picture.file, metadata=METADATA)
+
+
+def _figure(picture: Picture) -> Any:
+    """The picture as matplotlib's figure, whose stubs are typed in parts only."""
     rows = [(group, name, value) for group, bars in picture.bars.items() for name, value in bars.items()]
-    # Its stubs are typed in parts only.
     figure: Any = Figure(figsize=(8, 0.9 + 0.34 * len(rows) + 0.2 * len(picture.bars)), layout="constrained")
     axes = figure.subplots()
     at, places, labels = 0.0, list[float](), list[str]()
@@ -101,16 +116,18 @@ def draw(picture: Picture, folder: Path) -> None:
         before = group
         colour = COLOURS.get(name, OTHERS[names.index(name) % len(OTHERS)])
         axes.barh(at, value, color=colour)
-        axes.annotate(f" {value:.3g}", (value, at), va="center", fontsize=9)
+        axes.annotate(number(value), (value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
         places.append(at)
-        labels.append(f"{group}: {name}")
+        labels.append(f"{group}: {name}" if name else group)
     axes.set_yticks(places, labels, fontsize=9)
     axes.invert_yaxis()
     if picture.logarithmic:
         axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,g}")
     axes.margins(x=0.12)
     axes.set_xlabel(picture.unit)
     axes.set_title(picture.title, fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(folder / picture.file, metadata={"Date": None})
+    return figure
