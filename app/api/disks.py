@@ -14,7 +14,9 @@ from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, 
 from app.api.jobs import job_response
 from app.api.problems import path_of
 from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
-from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
+from app.api.schemas.disks import DiskOut, Disks, disk_out
+from app.api.schemas.jobs import JobOut
+from app.api.schemas.plans import PlanOut, plan_out
 from app.core.errors import Code, Problem, Refused
 from app.core.plan import commit_request
 from app.engine.ports.outbox import Webhook

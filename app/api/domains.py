@@ -11,7 +11,7 @@ from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import DomainIn
 from app.api.codes import refusals
 from app.api.requests import CHANGES, READS, Cursor, DomainId, Limit, UseCases, page
-from app.api.schemas import DomainOut, Domains, domain_out
+from app.api.schemas.domains import DomainOut, Domains, domain_out
 from app.core.errors import Code
 
 router = APIRouter(route_class=Guarded, tags=["domains"])

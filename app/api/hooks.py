@@ -18,7 +18,8 @@ from app.api.idempotency import request_key, served_once
 from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, path_of
 from app.api.requests import UseCases
-from app.api.schemas import IgnoredOut, JobOut
+from app.api.schemas.hooks import IgnoredOut
+from app.api.schemas.jobs import JobOut
 from app.core.errors import Code, Problem, Refused, invalid
 from app.core.incoming import IncomingDelivery, Provider, delivery_id, mismatch, signature_error
 from app.core.plan import CommitRequest, commit_request

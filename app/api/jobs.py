@@ -13,7 +13,7 @@ from app.api.bodies import PatchJobIn, ResolveIn
 from app.api.cloudevents import Events, event_json
 from app.api.codes import refusals
 from app.api.requests import CHANGES, READS, JobId, Limit, NumberCursor, UseCases, page
-from app.api.schemas import JobOut, Jobs, job_json
+from app.api.schemas.jobs import JobOut, Jobs, job_json
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags
 from app.core.job import Job, State

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from app.api.cloudevents import event_json
-from app.api.schemas import domain_json, job_json
-from app.api.webhooks import webhook_out
+from app.api.schemas.domains import domain_json
+from app.api.schemas.jobs import job_json
+from app.api.schemas.webhooks import webhook_out
 from app.core.job import Job
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.outbox import Webhook
