@@ -12,8 +12,9 @@ from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, served_once
 from app.api.jobs import job_response
+from app.api.pages import Cursor, Limit, page
 from app.api.problems import path_of
-from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
+from app.api.requests import CHANGES, READS, DiskName, DomainId, UseCases
 from app.api.schemas.disks import DiskOut, Disks, disk_out
 from app.api.schemas.jobs import JobOut
 from app.api.schemas.plans import PlanOut, plan_out

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Path, Response
 from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import DomainIn
 from app.api.codes import refusals
-from app.api.requests import CHANGES, READS, Cursor, DomainId, Limit, UseCases, page
+from app.api.pages import Cursor, Limit, page
+from app.api.requests import CHANGES, READS, DomainId, UseCases
 from app.api.schemas.domains import DomainOut, Domains, domain_out
 from app.core.errors import Code
 

@@ -12,7 +12,8 @@ from app.api.auth import Admin, Guarded, Operator, Reader
 from app.api.bodies import PatchJobIn, ResolveIn
 from app.api.cloudevents import Events, event_json
 from app.api.codes import refusals
-from app.api.requests import CHANGES, READS, JobId, Limit, NumberCursor, UseCases, page
+from app.api.pages import Limit, NumberCursor, page
+from app.api.requests import CHANGES, READS, JobId, UseCases
 from app.api.schemas.jobs import JobOut, Jobs, job_json
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags

@@ -10,7 +10,8 @@ from pydantic import AfterValidator
 from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import RotateIn, WebhookIn
 from app.api.codes import refusals
-from app.api.requests import CHANGES, READS, Limit, NumberCursor, UseCases, no_nul
+from app.api.pages import Limit, NumberCursor
+from app.api.requests import CHANGES, READS, UseCases, no_nul
 from app.api.schemas.webhooks import (
     Deliveries,
     DeliveryOut,
