@@ -12,10 +12,10 @@ from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, served_once
 from app.api.jobs import job_response
-from app.api.pages import Cursor, Limit, page
+from app.api.pages import Cursor, Limit, cut_page, page_response
 from app.api.problems import path_of
 from app.api.requests import CHANGES, READS, DiskName, DomainId, UseCases
-from app.api.schemas.disks import DiskOut, Disks, disk_out
+from app.api.schemas.disks import DiskOut, Disks, disk_json, disk_out
 from app.api.schemas.jobs import JobOut
 from app.api.schemas.plans import PlanOut, plan_out
 from app.core.errors import Code, Problem, Refused
@@ -55,11 +55,18 @@ COMMIT = (
 )
 
 
-@router.get("/domains/{domain}/disks", operation_id="listDisks", responses=refusals(*READS, *MONITOR))
-async def list_disks(domain: DomainId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Disks:
+@router.get(
+    "/domains/{domain}/disks",
+    operation_id="listDisks",
+    response_model=Disks,
+    responses=refusals(*READS, *MONITOR),
+)
+async def list_disks(
+    domain: DomainId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None
+) -> Response:
     """The disks of a domain, by target name, with their chains."""
-    views, following = page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
-    return Disks(items=[disk_out(view) for view in views], next=following)
+    views, following = cut_page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
+    return page_response(map(disk_json, views), following)
 
 
 async def made_callback(use: Service, body: CommitIn, who: str) -> Webhook | None:

@@ -1,11 +1,12 @@
-"""Lists in pages."""
+"""Lists in pages: what a request asks for, and the answer that carries it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, TypeVar
 
-from fastapi import Query
+from fastapi import Query, Response
 
 from app.api.requests import INTEGER_MAX
 
@@ -17,9 +18,18 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", str, int)
 
 
-def page(
+def cut_page(
     items: Sequence[Item], key: Callable[[Item], Key], *, after: Key | None, limit: int
 ) -> tuple[Sequence[Item], str | None]:
     """Up to `limit` of the items whose key is above `after`, in the order of their keys, and the next cursor."""
     rest = sorted((item for item in items if after is None or key(item) > after), key=key)
     return rest[:limit], str(key(rest[limit - 1])) if len(rest) > limit else None
+
+
+def page_response(items: Iterable[str], cursor: int | str | None) -> Response:
+    """The answer that carries a page; `cursor` leads to the next page, and is None after the last one.
+
+    Each item is a JSON text and goes in word for word, so that a text that is kept is not made again.
+    """
+    following = "null" if cursor is None else json.dumps(str(cursor), ensure_ascii=False)
+    return Response(f'{{"items":[{",".join(items)}],"next":{following}}}', media_type="application/json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from app.api.cloudevents import event_json
 from app.api.schemas.domains import domain_json
 from app.api.schemas.jobs import job_json
-from app.api.schemas.webhooks import webhook_out
+from app.api.schemas.webhooks import webhook_json
 from app.core.job import Job
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.outbox import Webhook
@@ -25,7 +25,7 @@ class JsonRender:
 
     def webhook(self, webhook: Webhook) -> str:
         """The JSON of a webhook, without its secrets."""
-        return webhook_out(webhook).model_dump_json()
+        return webhook_json(webhook)
 
     def event(self, event: StoredEvent) -> str:
         """The JSON of a whole event."""

@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import RotateIn, WebhookIn
 from app.api.codes import refusals
-from app.api.pages import Limit, NumberCursor
+from app.api.pages import Limit, NumberCursor, page_response
 from app.api.requests import CHANGES, READS, UseCases, no_nul
 from app.api.schemas.webhooks import (
     Deliveries,
@@ -18,8 +18,10 @@ from app.api.schemas.webhooks import (
     NewWebhookOut,
     WebhookOut,
     Webhooks,
+    delivery_json,
     delivery_out,
     new_webhook_out,
+    webhook_json,
     webhook_out,
 )
 from app.core.errors import Code
@@ -44,17 +46,17 @@ async def create_webhook(body: WebhookIn, who: Admin, use: UseCases, response: R
     return new_webhook_out(webhook)
 
 
-@router.get("/webhooks", operation_id="listWebhooks", responses=refusals(*READS))
+@router.get("/webhooks", operation_id="listWebhooks", response_model=Webhooks, responses=refusals(*READS))
 async def list_webhooks(
     _who: Reader,
     use: UseCases,
     job: Annotated[str | None, Query(description="the callbacks of this job instead")] = None,
     limit: Limit = 100,
     cursor: NumberCursor = None,
-) -> Webhooks:
+) -> Response:
     """The webhooks that are sent the events of all jobs, oldest first."""
     found, following = await use.webhooks.webhooks(job_id=job, after=cursor, limit=limit)
-    return Webhooks(items=[webhook_out(each) for each in found], next=None if following is None else str(following))
+    return page_response(map(webhook_json, found), following)
 
 
 @router.get("/webhooks/{webhook_id}", operation_id="getWebhook", responses=refusals(*READS, Code.WEBHOOK_NOT_FOUND))
@@ -99,14 +101,15 @@ async def enable_webhook(webhook_id: WebhookId, _who: Admin, use: UseCases) -> W
 @router.get(
     "/webhooks/{webhook_id}/deliveries",
     operation_id="listDeliveries",
+    response_model=Deliveries,
     responses=refusals(*READS, Code.WEBHOOK_NOT_FOUND),
 )
 async def list_deliveries(
     webhook_id: WebhookId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: NumberCursor = None
-) -> Deliveries:
+) -> Response:
     """What it was sent and is to be sent, newest first."""
     found, following = await use.webhooks.deliveries(webhook_id, before=cursor, limit=limit)
-    return Deliveries(items=[delivery_out(each) for each in found], next=None if following is None else str(following))
+    return page_response(map(delivery_json, found), following)
 
 
 @router.post(

@@ -69,3 +69,8 @@ def disk_out(view: DiskView) -> DiskOut:
         digest=disk.digest,
         job=view.job,
     )
+
+
+def disk_json(view: DiskView) -> str:
+    """The JSON text of a disk."""
+    return disk_out(view).model_dump_json()

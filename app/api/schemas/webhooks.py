@@ -112,3 +112,13 @@ def delivery_out(delivery: Delivery) -> DeliveryOut:
         answer=AnswerOut(status=answer.status, body=answer.body) if answer and answer.status is not None else None,
         error=answer.error if answer else None,
     )
+
+
+def webhook_json(webhook: Webhook) -> str:
+    """The JSON text of a webhook without its secrets, in answers and in events alike."""
+    return webhook_out(webhook).model_dump_json()
+
+
+def delivery_json(delivery: Delivery) -> str:
+    """The JSON text of a delivery."""
+    return delivery_out(delivery).model_dump_json()
