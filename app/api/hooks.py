@@ -31,7 +31,7 @@ router = APIRouter(tags=["hooks"])
 """Takes no token: a delivery is signed."""
 
 HEADER: Final = {
-    Provider.GITHUB: "X-GitHub-IncomingDelivery",
+    Provider.GITHUB: "X-GitHub-Delivery",
     Provider.GITLAB: "Idempotency-Key",
     Provider.STANDARD: "webhook-id",
 }
