@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final, cast
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from app.api.requests import UseCases
 from app.api.schemas.hooks import IgnoredOut
 from app.api.schemas.jobs import JobOut
 from app.core.errors import Code, Problem, Refused, invalid
-from app.core.incoming import IncomingDelivery, Provider, delivery_id, mismatch, signature_error
+from app.core.incoming import ID_HEADERS, IncomingDelivery, delivery_id, mismatch, signature_error
 from app.core.plan import CommitRequest, commit_request
 from app.engine.idempotency import HOOK
 from app.engine.ports.clock import Clock
@@ -29,12 +29,6 @@ from app.settings import Hook, SettingsError
 
 router = APIRouter(tags=["hooks"])
 """Takes no token: a delivery is signed."""
-
-HEADER: Final = {
-    Provider.GITHUB: "X-GitHub-Delivery",
-    Provider.GITLAB: "Idempotency-Key",
-    Provider.STANDARD: "webhook-id",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +116,8 @@ async def take_delivery(
         return Response(IgnoredOut(ignored=reason).model_dump_json(), media_type="application/json")
     id_ = delivery_id(taken.hook.provider, delivery.headers)
     if id_ is None:
-        missing = f"expected the delivery's id in the header {HEADER[taken.hook.provider]}"
-        raise Refused(invalid_parameter(HEADER[taken.hook.provider], missing))
+        header = ID_HEADERS[taken.hook.provider][0]
+        raise Refused(invalid_parameter(header, f"expected the delivery's id in the header {header}"))
     who = HOOK + name
     key = request_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
 
