@@ -35,7 +35,6 @@ router = APIRouter(tags=["hooks"])
 class Taken:
     """A hook with its secret and the request that it stands for, all of it checked."""
 
-    name: str
     hook: Hook
     secret: str
     body: CommitIn
@@ -63,7 +62,7 @@ def prepared(name: str, hook: Hook) -> Taken:
     request = commit_request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise SettingsError(f"hooks.{name}.body: {request.detail}")
-    return Taken(name, hook, secret, body, request)
+    return Taken(hook, secret, body, request)
 
 
 def _payload(body: bytes) -> object:

@@ -43,9 +43,6 @@ class RequestObserver:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         request_id = _given_id(scope) or secrets.token_hex(8)
         answer = _Answer(scope, send, request_id, self._stalled)
         begin = time.perf_counter()

@@ -61,13 +61,9 @@ def path_of(scope: Scope) -> str:
     return cast(bytes, scope["raw_path"]).decode("ascii", "backslashreplace")
 
 
-def problem_response(
-    problem: Problem, instance: str, *, status: int | None = None, headers: Mapping[str, str] | None = None
-) -> Response:
-    """The answer that carries `problem`; `status` where it isn't the one that goes with the code."""
+def problem_response(problem: Problem, instance: str, *, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer that carries `problem`."""
     document = problem_document(problem, instance)
-    if status is not None:
-        document = document.model_copy(update={"status": status})
     sent = dict(headers or {})
     if problem.code is Code.UNAUTHENTICATED:
         sent["WWW-Authenticate"] = "Bearer"
@@ -129,7 +125,7 @@ async def _on_validation(request: Request, error: RequestValidationError) -> Res
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    path, headers = path_of(request.scope), error.headers
+    path, headers = path_of(request.scope), {}
     match error.status_code:
         case 404:
             problem = Problem(code=Code.NOT_FOUND, detail=f"there is no {path}; /openapi.json lists what there is")
@@ -142,11 +138,9 @@ async def _on_http(request: Request, error: HTTPException) -> Response:
         case 400:
             # What FastAPI says where a body is no text, nests without end, or holds numbers without end.
             problem = invalid("", "the body can't be read as JSON")
-        case status if status < 500:
-            problem = Problem(code=Code.INVALID_REQUEST, detail=error.detail)
-            return problem_response(problem, path, status=status, headers=headers)
         case _:
-            problem = Problem(code=Code.INTERNAL_ERROR, detail=error.detail)
+            # The framework and the service answer with no other status, so this is a fault.
+            raise error
     return problem_response(problem, path, headers=headers)
 
 
