@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
@@ -25,9 +25,13 @@ from app.engine.service import Service
 
 router = APIRouter(route_class=Guarded, tags=["disks"])
 
-MONITOR = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
-DISK = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
-COMMIT = (
+MONITOR: Final = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
+"""What any request that needs the domain's monitor may be refused with."""
+
+DISK: Final = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
+"""What any request for one disk may be refused with."""
+
+COMMIT: Final = (
     *CHANGES,
     Code.SHALLOW_WITH_BASE,
     *DISK,
@@ -53,6 +57,7 @@ COMMIT = (
     Code.INSUFFICIENT_STORAGE,
     Code.QEMU_ERROR,
 )
+"""What a commit may be refused with."""
 
 
 @router.get(
@@ -70,7 +75,7 @@ async def list_disks(
 
 
 async def made_callback(use: Service, body: CommitIn, who: str) -> Webhook | None:
-    """The webhook of a job that is to be; raises `Refused` where its URL may not be sent to."""
+    """The webhook of a job that is still to be made, or None; raises `Refused` if its URL may not be sent to."""
     if body.callback is None:
         return None
     return await use.webhooks.made(body.callback.url, (), body.callback.secret, who=who, pointer="/callback/url")

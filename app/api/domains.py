@@ -1,4 +1,4 @@
-"""Domains: who they are, and which are known."""
+"""Domains: which domains are known, and how a domain is registered."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from app.api.schemas.health import HealthOut
 from app.api.schemas.recovery import RecoveryOut, recovery_out
 
 free = APIRouter(tags=["health"])
-"""Routes that take no token."""
+"""Routes that need no token."""
 
 router = APIRouter(route_class=Guarded, tags=["health"])
 

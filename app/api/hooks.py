@@ -28,12 +28,12 @@ from app.engine.ports.clock import Clock
 from app.settings import Hook, SettingsError
 
 router = APIRouter(tags=["hooks"])
-"""Takes no token: a delivery is signed."""
+"""The route needs no token, because a delivery is signed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A hook with its secret and the request that it stands for, all of it checked."""
+    """A hook of the configuration with its secret and the request that it makes, after all checks."""
 
     hook: Hook
     secret: str
@@ -41,12 +41,12 @@ class Taken:
     request: CommitRequest
 
     def verdict(self, delivery: IncomingDelivery) -> str | None:
-        """None if the delivery starts the commit, else why not; raises `Refused` where it is no JSON."""
+        """None if the delivery starts the commit, else the reason why not; raises `Refused` if the body is not JSON."""
         return mismatch(self.hook.provider, self.hook.event, self.hook.match, delivery.headers, _payload(delivery.body))
 
 
 def prepared(name: str, hook: Hook) -> Taken:
-    """A hook that can be served; raises `SettingsError`."""
+    """The hook after all checks; raises `SettingsError` if it can't be served."""
     try:
         secret = hook.secret_file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
@@ -101,7 +101,7 @@ async def take_delivery(
     taken = cast("Mapping[str, Taken]", http.app.state.hooks).get(name)
     if taken is None:
         raise Refused(
-            Problem(code=Code.HOOK_NOT_FOUND, detail=f"no hook is called {name!r}; hooks stand in the configuration")
+            Problem(code=Code.HOOK_NOT_FOUND, detail=f"no hook is called {name!r}; the configuration names the hooks")
         )
     delivery = await _delivery(http)
     now = cast(Clock, http.app.state.clock).now() / 1000

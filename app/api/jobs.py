@@ -29,7 +29,7 @@ WAIT_MAX: Final = 60
 """The longest wait for a job, in seconds."""
 
 WAIT: Final = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(?P<seconds>[0-9]{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
-"""The preference `wait` in a `Prefer` header (RFC 7240); what a server doesn't understand there, it ignores."""
+"""The preference `wait` in a `Prefer` header (RFC 7240). Preferences that the service does not know are ignored."""
 
 
 def job_response(job: Job, *, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -18,7 +18,7 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 
 
 class Metrics:
-    """Requests as they are answered, and the service's own figures at the moment they are asked for."""
+    """Counts and times of requests, and the service's own figures as they are when `text` is called."""
 
     def __init__(self, service: Service | None, version: str) -> None:
         self._registry = CollectorRegistry()
@@ -34,7 +34,7 @@ class Metrics:
             ["route", "method"],
             registry=self._registry,
         )
-        # There are few, and to find one takes longer than to count.
+        # There are few counters, and finding a counter takes longer than counting.
         self._count = lru_cache(maxsize=None)(self._requests.labels)
         self._duration = lru_cache(maxsize=None)(self._seconds.labels)
         if service is not None:

@@ -27,9 +27,9 @@ def cut_page(
 
 
 def page_response(items: Iterable[str], cursor: int | str | None) -> Response:
-    """The answer that carries a page; `cursor` leads to the next page, and is None after the last one.
+    """The answer that carries a page; `cursor` leads to the next page, and is None for the last page.
 
-    Each item is a JSON text and goes in word for word, so that a text that is kept is not made again.
+    Each item is a JSON text and goes in word for word, so that stored and cached texts are used as they are.
     """
     following = "null" if cursor is None else json.dumps(str(cursor), ensure_ascii=False)
     return Response(f'{{"items":[{",".join(items)}],"next":{following}}}', media_type="application/json")

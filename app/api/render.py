@@ -1,4 +1,4 @@
-"""How events and their data are written (`app.engine.views`): in the words of the API's own answers."""
+"""The JSON of events and their data, which is the JSON of the API's own answers (ports in `app.engine.views`)."""
 
 from __future__ import annotations
 

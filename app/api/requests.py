@@ -20,13 +20,13 @@ CHANGES: Final = (*READS, Code.OPERATION_DENIED, Code.PAYLOAD_TOO_LARGE, Code.SH
 """What any change may be refused with."""
 
 
-# What is not `async` would be sent to a thread.
+# FastAPI would call a function that is not `async` in a thread.
 async def _use_cases(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
 def no_nul(value: str) -> str:
-    """The value, for use in an annotation; raises ValueError where no journal and no file can hold it."""
+    """The value, for use in an annotation; raises ValueError for a NUL character, which file names can't hold."""
     if "\0" in value:
         raise ValueError("must not hold a NUL character")
     return value

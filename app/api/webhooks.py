@@ -1,4 +1,4 @@
-"""Webhooks that are sent: where events go, and what became of each."""
+"""Webhooks that are sent: where events go, and what became of each delivery."""
 
 from __future__ import annotations
 

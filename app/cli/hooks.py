@@ -13,7 +13,7 @@ from app.settings import Settings, SettingsError
 
 
 def judge(settings: Settings, name: str, body: bytes, headers: Sequence[str]) -> tuple[list[str], bool]:
-    """(what is to be said of the delivery, whether it would start something). Raises `SettingsError`."""
+    """(the lines to print, whether the delivery would start a job). Raises `SettingsError` for a wrong argument."""
     if name not in settings.hooks:
         known = ", ".join(settings.hooks) or "none"
         raise SettingsError(f"no hook is called {name!r}; the configuration has {known}")

@@ -73,8 +73,8 @@ class IncomingDelivery:
 def signature_error(provider: Provider, secret: str, delivery: IncomingDelivery, now: float) -> str | None:
     """None if whoever knows `secret` has sent the delivery, else what is wrong. `now` in seconds since 1970.
 
-    All comparisons take the same time whatever they find. A secret of GitLab's is its signing token where it looks like
-    one, else the plain token that it sends along.
+    A comparison takes the same time for every result. A secret of GitLab is a signing token if it begins with `PREFIX`;
+    else it is the plain token that GitLab sends along.
     """
     if provider is Provider.GITHUB:
         return _github_error(secret, delivery)
@@ -124,7 +124,7 @@ def standard_signature(secret: str, id_: str, time: int, body: bytes) -> str:
 
 
 def standard_key(secret: str) -> bytes:
-    """The key that a secret stands for: its base 64, or the text itself where it is none."""
+    """The key of a secret: the bytes of its base 64, or the text itself if the secret is not base 64."""
     try:
         return base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except binascii.Error:
@@ -136,7 +136,7 @@ def _same(given: str, expected: str) -> bool:
 
 
 def delivery_id(provider: Provider, headers: Mapping[str, str]) -> str | None:
-    """The id that a delivery keeps when it is sent again; None where it has none."""
+    """The id that a delivery keeps when it is sent again; None if no header holds an id."""
     found = (headers.get(name.lower()) for name in ID_HEADERS[provider])
     return next((id_ for id_ in found if id_), None)
 
@@ -144,7 +144,7 @@ def delivery_id(provider: Provider, headers: Mapping[str, str]) -> str | None:
 def mismatch(
     provider: Provider, event: str, match: Mapping[str, object], headers: Mapping[str, str], payload: object
 ) -> str | None:
-    """None if the delivery is of that event and says what is to match, else what it says instead."""
+    """None if the delivery is of `event` and `payload` has each value of `match`, else the first difference."""
     header = EVENT_HEADERS.get(provider)
     said = headers.get(header.lower()) if header is not None else at_pointer(payload, "/type")
     if said != event:
@@ -158,7 +158,7 @@ def mismatch(
 
 
 def at_pointer(document: object, pointer: str) -> object:
-    """What a JSON Pointer (RFC 6901) leads to; None where it leads nowhere."""
+    """The value that a JSON Pointer (RFC 6901) leads to; None if it leads nowhere."""
     node = document
     for part in pointer.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")

@@ -19,5 +19,5 @@ def timestamp(ms: int) -> str:
 
 
 def time_or_none(ms: int | None) -> str | None:
-    """As `timestamp`, where there may be no time."""
+    """As `timestamp`; None where there is no time."""
     return None if ms is None else timestamp(ms)

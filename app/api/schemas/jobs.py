@@ -14,7 +14,7 @@ from app.core.flags import flag_names
 from app.core.job import DataState, Job, JobType, OnError, OnReady, PauseReason, State
 
 KEPT_TEXTS: Final = 256
-"""Ended jobs whose texts are kept."""
+"""How many ended jobs have their JSON text cached."""
 
 
 class ProgressOut(Out):
@@ -133,7 +133,7 @@ def job_json(job: Job) -> str:
 
 
 class _Same:
-    """Equals only what holds the very same value, so that it costs nothing to compare."""
+    """The key of a cached text. It equals only a key of the same object, so that comparing costs nothing."""
 
     __slots__ = ("job",)
 
@@ -147,7 +147,7 @@ class _Same:
         return isinstance(other, _Same) and self.job is other.job
 
 
-# What has ended changes no more, and the journal keeps what was asked for last.
+# The journal returns the same object for an ended job that was read recently.
 @lru_cache(maxsize=KEPT_TEXTS)
 def _text(same: _Same) -> str:
     return job_out(same.job).model_dump_json()
