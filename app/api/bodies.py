@@ -119,7 +119,7 @@ class WebhookIn(In):
     url: Url
     types: list[
         Annotated[StrictStr, AfterValidator(_stored_type), Field(json_schema_extra={"enum": [*sorted(STORED)]})]
-    ] = Field(default=[], description="the types of events to send; none: all but `job.progress`")
+    ] = Field(default=[], description="the types of events to send; an empty list: all types but `job.progress`")
     secret: Secret | None = Field(default=None, description="signs the deliveries; null: one is made")
 
 
@@ -154,7 +154,7 @@ class PatchJobIn(In):
 
 
 class ResolveIn(In):
-    """How a lost job ended, as somebody has found out who looked at the images."""
+    """How a lost job ended, by the verdict of a person who has looked at the images."""
 
     outcome: Literal["completed", "failed", "canceled"] = Field(alias="as", description="the job's state from now on")
 

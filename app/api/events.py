@@ -74,7 +74,10 @@ def _wanted(
     last_event_id: Annotated[
         int | None,
         Header(
-            alias="Last-Event-ID", ge=0, le=INTEGER_MAX, description="the last event that was got; goes before `after`"
+            alias="Last-Event-ID",
+            ge=0,
+            le=INTEGER_MAX,
+            description="the last event that the client got; it wins over `after`",
         ),
     ] = None,
     after: Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="send the events after this one")] = None,

@@ -90,7 +90,7 @@ async def _delivery(http: Request) -> IncomingDelivery:
         }
     },
     responses={
-        200: {"model": IgnoredOut, "description": "A delivery that is not meant"},
+        200: {"model": IgnoredOut, "description": "The delivery starts nothing"},
         **refusals(Code.SIGNATURE_INVALID, Code.HOOK_NOT_FOUND, *COMMIT),
     },
 )

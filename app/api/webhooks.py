@@ -94,7 +94,7 @@ async def rotate_secret(
     responses=refusals(*CHANGES, Code.WEBHOOK_NOT_FOUND),
 )
 async def enable_webhook(webhook_id: WebhookId, _who: Admin, use: UseCases) -> WebhookOut:
-    """Send it, in order, all that was stored for it meanwhile, the delivery that disabled it first."""
+    """Enable a webhook, and send all deliveries that wait for it in order. The delivery that disabled it goes first."""
     return webhook_out(await use.webhooks.enable(webhook_id))
 
 
@@ -107,7 +107,7 @@ async def enable_webhook(webhook_id: WebhookId, _who: Admin, use: UseCases) -> W
 async def list_deliveries(
     webhook_id: WebhookId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: NumberCursor = None
 ) -> Response:
-    """What it was sent and is to be sent, newest first."""
+    """The deliveries of a webhook, made or still to be made, newest first."""
     found, following = await use.webhooks.deliveries(webhook_id, before=cursor, limit=limit)
     return page_response(map(delivery_json, found), following)
 

@@ -32,7 +32,7 @@ class DiskOut(Out):
     read_only: bool
     virtual_size: int
     chain: Sequence[LayerOut]
-    digest: str = Field(description="another one whenever the chain is another; also the `ETag`")
+    digest: str = Field(description="changes whenever the chain changes; also the `ETag`")
     job: str | None = Field(description="the unfinished job on this disk")
 
 

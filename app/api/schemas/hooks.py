@@ -10,4 +10,4 @@ from app.api.schemas.base import Out
 class IgnoredOut(Out):
     """A delivery that starts nothing."""
 
-    ignored: str = Field(description="why it is not meant")
+    ignored: str = Field(description="why the delivery starts nothing")

@@ -71,14 +71,14 @@ class JobOut(Out):
     error: ProblemOut | None
     result: ResultOut | None
     requested_by: str
-    actions: Sequence[str] = Field(description="what the job takes now")
+    actions: Sequence[str] = Field(description="requests that the job accepts now")
     created_at: str
     started_at: str | None
     ready_at: str | None
     finished_at: str | None
     version: int = Field(description="rises with each stored change; also the `ETag`")
     resolved: ResolutionOut | None = Field(
-        default=None, exclude_if=lambda value: value is None, description="there where a person has judged the outcome"
+        default=None, exclude_if=lambda value: value is None, description="only after a person has judged a lost job"
     )
 
 

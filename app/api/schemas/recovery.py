@@ -18,9 +18,10 @@ class FindingOut(Out):
     domain: str
     disk: str | None
     found: Found = Field(
-        description="`waiting`: its QEMU has not been asked yet; `queued`; `started`: QEMU had not heard of it; "
-        "`re-adopted`: it goes on; `finished` while no service was there; `lost`; `adopted`: the journal did not know "
-        "it; `unknown`: neither does anybody tell what it works on, so it is left alone"
+        description="`waiting`: its QEMU has not been asked yet; `queued`: it waits for its turn; `started`: QEMU did "
+        "not know it, so it was started; `re-adopted`: it goes on; `finished`: it ended while no service was there; "
+        "`lost`: its outcome is unknown; `adopted`: in QEMU, not in the journal, so a record was made; `unknown`: in "
+        "QEMU, not in the journal, and its layers cannot be determined, so it is left alone"
     )
     state: State | None = Field(description="its state when it was found")
     proof: str | None = Field(description="how the outcome of a finished job is known")
@@ -31,7 +32,7 @@ class RecoveryOut(Out):
     """What was found after the service's start."""
 
     started_at: str
-    waiting: int = Field(description="how many jobs' QEMUs have not been asked yet; 0: this is all")
+    waiting: int = Field(description="how many jobs' QEMUs have not been asked yet; 0: the report is complete")
     items: Sequence[FindingOut]
     next: str | None
 

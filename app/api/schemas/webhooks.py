@@ -17,7 +17,7 @@ class WebhookOut(Out):
 
     id: str
     url: str
-    types: Sequence[str] = Field(description="the types of events that are sent; none: all")
+    types: Sequence[str] = Field(description="the types of events that are sent; an empty list: all types")
     job: str | None = Field(description="the job whose callback this is")
     enabled: bool
     disabled_at: str | None
@@ -54,7 +54,7 @@ class DeliveryOut(Out):
     webhook: str
     event: str = Field(description="the event's id")
     type: str
-    status: DeliveryState = Field(description="`failed`: its webhook was disabled by it")
+    status: DeliveryState = Field(description="`failed`: the webhook was disabled because of this delivery")
     attempts: int
     created_at: str
     last_attempt_at: str | None
