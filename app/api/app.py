@@ -33,7 +33,7 @@ def create_app(
 ) -> FastAPI:
     """The application that serves the use cases of `service` to the holders of tokens.
 
-    Without a service it serves no requests and is good for its OpenAPI document only.
+    Without a service only the OpenAPI document of the application can be used.
     """
     metrics = Metrics(service, version)
     app = FastAPI(
@@ -52,7 +52,7 @@ def create_app(
     app.state.metrics = metrics
     app.state.clock = clock
     app.state.hooks = taken or {}
-    # Not included as routers, each of which would look at its routes anew for each request.
+    # An included router would search its routes anew for each request, so the application gets the routes themselves.
     for router in (
         *(module.router for module in (jobs, domains, disks, events, webhooks, health, docs)),
         hooks.router,

@@ -1,8 +1,8 @@
-"""The arguments of plain routes, found without FastAPI's way through all that a dependency might be.
+"""The arguments of plain routes, found without FastAPI's way of solving dependencies.
 
-That way takes longer, for each request, than all the rest of a simple read. A plain route has no body, takes parameters
-and what hangs on its request, and returns a response. Its parameters are read and judged by FastAPI's own functions, so
-that there is one set of rules.
+For a simple read, that way takes longer than all the rest of the request. A plain route has no body. It takes
+parameters and what can be found by the request alone, and it returns a response. FastAPI's own functions read and judge
+the parameters, so that there is one set of rules.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def plain_handler(dependant: Dependant, direct: Callable[[Dependant], Find | None]) -> Handler | None:
-    """What answers the requests of a plain route; None for any other.
+    """The function that answers the requests of a plain route; None for any other route.
 
-    `direct` gives, for a dependency, what finds its value by the request alone, or None where it takes more than that.
+    For a dependency, `direct` returns the function that finds its value by the request alone, or None if the request is
+    not enough.
     """
     call = dependant.call
     if call is None or not inspect.iscoroutinefunction(call) or not _is_simple(dependant):
@@ -41,7 +42,7 @@ def plain_handler(dependant: Dependant, direct: Callable[[Dependant], Find | Non
     aliases = {field.alias.lower() for field in headers}
     names = {name.encode() for alias in aliases for name in (alias, alias.replace("_", "-"))}
     request_name = dependant.request_param_name
-    # Most requests give none of them, so what they are then is found out once.
+    # Most requests leave out all of these parameters, so their defaults are found once.
     defaults, missing = request_params_to_args([*query, *headers], QueryParams())
 
     async def handle(request: Request) -> Response:
@@ -66,7 +67,7 @@ def plain_handler(dependant: Dependant, direct: Callable[[Dependant], Find | Non
 
 
 def by_request_alone(dependant: Dependant) -> Find | None:
-    """What finds the value of a dependency that takes its request and nothing else; None for any other."""
+    """The function that finds the value of a dependency that takes only the request; None for any other dependency."""
     name, call = dependant.request_param_name, dependant.call
     parameters = [dependant.path_params, dependant.query_params, dependant.header_params, dependant.dependencies]
     if name is None or call is None or any(parameters) or not _is_simple(dependant):

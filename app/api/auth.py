@@ -1,8 +1,8 @@
 """Who may do what: bearer tokens with roles, spelt in the signature of each route.
 
-FastAPI reads and parses the body before it solves dependencies, and the contract wants the token judged first. So
-`Guarded`, the class of all routes that need a token, judges it before FastAPI sees the request; the dependency in the
-signature says which role that takes, and gives the route the token.
+FastAPI reads and parses the body before it solves dependencies, but the token has to be judged first. So `Guarded`, the
+class of all routes that need a token, judges the token before FastAPI sees the request. The dependency in the signature
+of a route says which role the route needs, and gives the token to the route.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from app.core.errors import Code, Problem, Refused
 from app.engine.ports.tokens import Role, Token
 
 FindToken = Callable[[str], Token | None]
-"""Finds the token with this text; None where there is none."""
+"""Finds the token with this text; returns None for an unknown text."""
 
 BODY_MAX: Final = 1 << 20
 """The largest body that is read, in bytes."""
 
 RANKS: Final = {role: rank for rank, role in enumerate(Role)}
+"""The rank of each role. A role may do everything that a role of a lower rank may do."""
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="token", description="A token of `blockjobd token create`.")
 
@@ -39,7 +40,7 @@ class Requires:
     def __init__(self, role: Role) -> None:
         self.role = role
 
-    # What is not `async` would be sent to a thread.
+    # FastAPI would call a function that is not `async` in a thread.
     async def __call__(
         self, request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
     ) -> Token:
@@ -56,7 +57,7 @@ class Guarded(APIRoute):
     """A route that needs a token. It refuses parameters that it does not know, and bodies over 1 MiB."""
 
     def get_route_handler(self) -> Handler:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The route's handler behind the token, the names of the parameters and the limit of the body."""
+        """The handler of the route. It checks the token, the names of the parameters and the size of the body first."""
         handler = self.handler()
         parts = list(_all_dependants(self.dependant))
         role = next(part.call.role for part in parts if isinstance(part.call, Requires))
@@ -65,7 +66,7 @@ class Guarded(APIRoute):
 
         async def guarded(request: Request) -> Response:
             request.state.token = _judge(request, role)
-            # A dry run that is misspelt, or asked for and not asked for, must not become a real one.
+            # A `dry_run` that is misspelt, or given as true and as false, must not start a job.
             for name in request.query_params if request.scope["query_string"] else ():
                 if name not in known:
                     expected = ", ".join(sorted(known)) or "none"
@@ -81,12 +82,15 @@ class Guarded(APIRoute):
         return guarded
 
     def handler(self) -> Handler:
-        """What answers requests that may be answered."""
+        """The function that answers the requests that have passed the checks."""
         return plain_handler(self.dependant, direct) or super().get_route_handler()
 
 
 def direct(dependant: Dependant) -> Find | None:
-    """What finds the value of a dependency of a route that needs a token, if its request alone is enough for that."""
+    """The function that finds the value of a dependency by the request alone, or None if the request is not enough.
+
+    `Guarded` has stored the token in the request.
+    """
     return _judged if isinstance(dependant.call, Requires) else by_request_alone(dependant)
 
 
@@ -108,14 +112,14 @@ def _judge(request: Request, role: Role) -> Token:
         raise Refused(
             Problem(
                 code=Code.UNAUTHENTICATED,
-                detail="no token, or one that is not known; send it as `Authorization: Bearer TOKEN`",
+                detail="the token is missing or unknown; send it as `Authorization: Bearer TOKEN`",
             )
         )
     if RANKS[token.role] < RANKS[role]:
         raise Refused(
             Problem(
                 code=Code.OPERATION_DENIED,
-                detail=f"the token {token.name!r} has the role {token.role}; this takes the role {role}",
+                detail=f"the token {token.name!r} has the role {token.role}; the request needs the role {role}",
             )
         )
     return token
@@ -126,12 +130,12 @@ def _too_large() -> HTTPException:
 
 
 def _announced(request: Request) -> int:
-    """The length that the client says its body has; the server has seen to it that it is a number."""
+    """The length of the body in bytes, as the client announces it. The server refuses a length that is not a number."""
     return int(request.headers.get("content-length", "0"))
 
 
 def limited(receive: Receive) -> Receive:
-    """The messages of a request, of which no more than `BODY_MAX` bytes are taken; more raise `HTTPException`."""
+    """Receives the messages of a request; raises `HTTPException` once the body has more than `BODY_MAX` bytes."""
     size = 0
 
     async def receive_limited() -> Message:

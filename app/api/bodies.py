@@ -1,4 +1,4 @@
-"""The bodies of requests, checked as far as that goes without looking at anything else."""
+"""The bodies of requests, with all checks that need only the body."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from app.settings import UNIX_PATH_MAX, host_and_port
 
 
 def _plain(value: str) -> str:
-    # JSON can spell both; no file name and no journal can hold them.
+    # JSON can spell both, but file names and the journal can't hold them.
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise PydanticCustomError("characters", "must not hold a NUL character or half a surrogate pair")
     return value
@@ -76,7 +76,7 @@ Bandwidth = Annotated[StrictInt, Field(ge=0, le=BANDWIDTH_MAX, description="MiB/
 
 
 class In(BaseModel):
-    """A request's body: what it does not know, it refuses."""
+    """The body of a request. It refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -119,7 +119,7 @@ class WebhookIn(In):
     url: Url
     types: list[
         Annotated[StrictStr, AfterValidator(_stored_type), Field(json_schema_extra={"enum": [*sorted(STORED)]})]
-    ] = Field(default=[], description="the types of events to send; none: all but `job.progress`")
+    ] = Field(default=[], description="the types of events to send; an empty list: all types but `job.progress`")
     secret: Secret | None = Field(default=None, description="signs the deliveries; null: one is made")
 
 
@@ -154,7 +154,7 @@ class PatchJobIn(In):
 
 
 class ResolveIn(In):
-    """How a lost job ended, as somebody has found out who looked at the images."""
+    """How a lost job ended, by the verdict of a person who has looked at the images."""
 
     outcome: Literal["completed", "failed", "canceled"] = Field(alias="as", description="the job's state from now on")
 
@@ -190,7 +190,7 @@ class MonitorIn(In):
 
     @property
     def address(self) -> Address:
-        """As the engine has it."""
+        """The address, as a value of the engine."""
         return Address(unix=self.unix, tcp=host_and_port(self.tcp) if self.tcp else None)
 
 
@@ -210,7 +210,7 @@ class DomainIn(In):
     allow_managed: StrictBool = Field(default=False, description="allow changes although libvirt manages the domain")
 
     def registration(self, domain: str) -> Registration:
-        """As the engine has it."""
+        """The registration of the domain, as a value of the engine."""
         return Registration(
             id=domain,
             address=self.qmp.address if self.qmp else None,

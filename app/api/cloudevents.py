@@ -1,4 +1,4 @@
-"""Events as CloudEvents (version 1.0), in the words of streams, histories and webhooks alike."""
+"""The JSON of events: CloudEvents (version 1.0), the same in streams, histories and webhooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from pydantic import Field
 
-from app.api.schemas import Out, timestamp
+from app.api.schemas.base import Out, timestamp
 from app.core.job import EventType
 from app.engine.hub import RESET
 from app.engine.ports.events import WEBHOOK_DISABLED, DomainEvent, StoredEvent
@@ -18,7 +18,7 @@ TYPES: Final = frozenset({*(type_.value for type_ in (*EventType, *DomainEvent))
 """Every type of event."""
 
 STORED: Final = TYPES - {EventType.PROGRESS.value, RESET}
-"""Those that webhooks can be sent."""
+"""The types of events that the journal stores and that webhooks can be sent."""
 
 
 class EventOut(Out):
@@ -42,7 +42,7 @@ class Events(Out):
 
 
 def event_json(event: StoredEvent) -> str:
-    """The JSON text of an event; its data goes in word for word, as it was stored."""
+    """The JSON text of an event; its data goes in word for word, as the journal has stored it."""
     source = f"/domains/{quote(event.domain, safe='')}" if event.domain else "/"
     if event.disk is not None:
         source += f"/disks/{quote(event.disk, safe='')}"

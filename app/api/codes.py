@@ -189,14 +189,14 @@ KINDS: Final[Mapping[Code, Kind]] = {
         502, "Outcome unknown", None, "Compare the disk's chain with the job's; `detail` says what is known."
     ),
 }
-"""Every code, with what the contract says of it. The last four are only ever the `error` of a job."""
+"""The meaning of every code. The last four codes only occur as the `error` of a job."""
 
 NOT_READY: Final = "not-ready"
-"""The code of a failing `/readyz`, the one answer that stands for no refused request."""
+"""The code of a failing `/readyz`. No request is refused with it, so `KINDS` has no row for it."""
 
 
 def refusals(*codes: Code) -> dict[int | str, dict[str, Any]]:
-    """The `codes` an operation may answer with, as OpenAPI responses, one a status."""
+    """The `codes` an operation may answer with, as OpenAPI responses, one response for each status."""
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({KINDS[code].status for code in codes}):
         names = [code.value for code in dict.fromkeys(codes) if KINDS[code].status == status]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
@@ -12,9 +12,12 @@ from app.api.bodies import CommitIn
 from app.api.codes import refusals
 from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, served_once
 from app.api.jobs import job_response
+from app.api.pages import Cursor, Limit, cut_page, page_response
 from app.api.problems import path_of
-from app.api.requests import CHANGES, READS, Cursor, DiskName, DomainId, Limit, UseCases, page
-from app.api.schemas import DiskOut, Disks, JobOut, PlanOut, disk_out, plan_out
+from app.api.requests import CHANGES, READS, DiskName, DomainId, UseCases
+from app.api.schemas.disks import DiskOut, Disks, disk_json, disk_out
+from app.api.schemas.jobs import JobOut
+from app.api.schemas.plans import PlanOut, plan_out
 from app.core.errors import Code, Problem, Refused
 from app.core.plan import commit_request
 from app.engine.ports.outbox import Webhook
@@ -22,9 +25,13 @@ from app.engine.service import Service
 
 router = APIRouter(route_class=Guarded, tags=["disks"])
 
-MONITOR = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
-DISK = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
-COMMIT = (
+MONITOR: Final = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
+"""What any request that needs the domain's monitor may be refused with."""
+
+DISK: Final = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
+"""What any request for one disk may be refused with."""
+
+COMMIT: Final = (
     *CHANGES,
     Code.SHALLOW_WITH_BASE,
     *DISK,
@@ -50,17 +57,25 @@ COMMIT = (
     Code.INSUFFICIENT_STORAGE,
     Code.QEMU_ERROR,
 )
+"""What a commit may be refused with."""
 
 
-@router.get("/domains/{domain}/disks", operation_id="listDisks", responses=refusals(*READS, *MONITOR))
-async def list_disks(domain: DomainId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Disks:
+@router.get(
+    "/domains/{domain}/disks",
+    operation_id="listDisks",
+    response_model=Disks,
+    responses=refusals(*READS, *MONITOR),
+)
+async def list_disks(
+    domain: DomainId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None
+) -> Response:
     """The disks of a domain, by target name, with their chains."""
-    views, following = page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
-    return Disks(items=[disk_out(view) for view in views], next=following)
+    views, following = cut_page(await use.disks(domain), lambda view: view.disk.name, after=cursor, limit=limit)
+    return page_response(map(disk_json, views), following)
 
 
 async def made_callback(use: Service, body: CommitIn, who: str) -> Webhook | None:
-    """The webhook of a job that is to be; raises `Refused` where its URL may not be sent to."""
+    """The webhook of a job that is still to be made, or None; raises `Refused` if its URL may not be sent to."""
     if body.callback is None:
         return None
     return await use.webhooks.made(body.callback.url, (), body.callback.secret, who=who, pointer="/callback/url")

@@ -1,7 +1,7 @@
 """The documentation that the service gives of itself: the OpenAPI document, and a page made of it.
 
-The page is plain HTML without scripts. A browser can't send a bearer token along with the scripts and the document
-that an interactive page would load, and a host without internet access can't load them from elsewhere.
+The page is plain HTML without scripts. An interactive page would load scripts and the document. A browser loads them
+without a bearer token, so the service would refuse the document. A host without internet access can't load scripts.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ async def get_openapi(request: Request, _who: Reader) -> Response:
 
 @router.get("/docs")
 async def get_docs(request: Request, _who: Reader) -> HTMLResponse:
-    """The same as a page to read."""
+    """The OpenAPI document as a page to read."""
     headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
     return HTMLResponse(docs_page(cast(FastAPI, request.app).openapi()), headers=headers)
 
 
 def openapi_json(app: FastAPI) -> str:
-    """The OpenAPI document as text that only changes when the API does."""
+    """The OpenAPI document as text, which changes only when the API changes."""
     return json.dumps(app.openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

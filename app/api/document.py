@@ -1,4 +1,4 @@
-"""`python -m app.api.document` writes what stands in `openapi/`, for those who read it without running anything."""
+"""`python -m app.api.document` writes the files of `openapi/`, so that people can read them without the service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER: Final = Path(__file__).parents[2] / "openapi"
 
 
 def pages() -> dict[Path, str]:
-    """The files and what they should hold."""
+    """The files, each with the text that it should hold."""
     app = create_app(None, lambda _text: None, version=version("blockjobd"))
     return {FOLDER / "openapi.json": openapi_json(app), FOLDER / "problems.md": problems_page()}
 

@@ -1,4 +1,4 @@
-"""Domains: who they are, and which are known."""
+"""Domains: which domains are known, and how a domain is registered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from fastapi import APIRouter, Path, Response
 from app.api.auth import Admin, Guarded, Reader
 from app.api.bodies import DomainIn
 from app.api.codes import refusals
-from app.api.requests import CHANGES, READS, Cursor, DomainId, Limit, UseCases, page
-from app.api.schemas import DomainOut, Domains, domain_out
+from app.api.pages import Cursor, Limit, cut_page, page_response
+from app.api.requests import CHANGES, READS, DomainId, UseCases
+from app.api.schemas.domains import DomainOut, Domains, domain_json, domain_out
 from app.core.errors import Code
 
 router = APIRouter(route_class=Guarded, tags=["domains"])
@@ -22,9 +23,8 @@ NewDomainId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
 @router.get("/domains", operation_id="listDomains", response_model=Domains, responses=refusals(*READS))
 async def list_domains(_who: Reader, use: UseCases, limit: Limit = 100, cursor: Cursor = None) -> Response:
     """Every known domain, by id."""
-    views, following = page(await use.domains(), lambda view: view.id, after=cursor, limit=limit)
-    found = Domains(items=[domain_out(view) for view in views], next=following)
-    return Response(found.model_dump_json(), media_type="application/json")
+    views, following = cut_page(await use.domains(), lambda view: view.id, after=cursor, limit=limit)
+    return page_response(map(domain_json, views), following)
 
 
 @router.get("/domains/{domain}", operation_id="getDomain", responses=refusals(*READS, Code.DOMAIN_NOT_FOUND))

@@ -1,6 +1,6 @@
 """Streams of server-sent events.
 
-The 200 of a stream is sent before its first event is known, so all that can be refused is refused in dependencies.
+The 200 of a stream is sent before its first event is known, so every refusal has to come from a dependency.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from app.engine.ports.events import EventFilter, StoredEvent
 from app.engine.service import Service
 
 HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Those of FastAPI's own streams: nothing on the way is to keep events for later."""
+"""The headers of FastAPI's own streams. They tell proxies to pass on each event at once."""
 
 
 class Streamed(Guarded):
-    """A route that gives the bytes of events, each sent by the task that has waited for it.
+    """A route whose endpoint yields the bytes of events. The task that waits for an event also sends it.
 
-    FastAPI would pass them on through two tasks and two queues for each stream, and start a timer for each event.
+    FastAPI would pass events through two tasks and two queues for each stream, and start a timer for each event.
     """
 
     def handler(self) -> Handler:
-        """What opens a stream."""
+        """The function that opens a stream."""
 
         async def open_stream(request: Request) -> Response:
             solved = await solve_dependencies(
@@ -58,12 +58,13 @@ class Streamed(Guarded):
 
 router = APIRouter(route_class=Streamed, tags=["events"])
 
-STREAM = (*READS, Code.TOO_MANY_REQUESTS, Code.SHUTTING_DOWN)
+STREAM: Final = (*READS, Code.TOO_MANY_REQUESTS, Code.SHUTTING_DOWN)
+"""What any stream may be refused with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a stream is to send: which events, and those after which id (None: from now on)."""
+    """What a client wants of a stream: the events that pass `filter`, after the id `after` (None: from now on)."""
 
     filter: EventFilter
     after: int | None
@@ -73,7 +74,10 @@ def _wanted(
     last_event_id: Annotated[
         int | None,
         Header(
-            alias="Last-Event-ID", ge=0, le=INTEGER_MAX, description="the last event that was got; goes before `after`"
+            alias="Last-Event-ID",
+            ge=0,
+            le=INTEGER_MAX,
+            description="the last event that the client got; it wins over `after`",
         ),
     ] = None,
     after: Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="send the events after this one")] = None,
@@ -93,7 +97,7 @@ Events = AsyncGenerator[StoredEvent | None]
 @asynccontextmanager
 async def _open(use: Service, wanted: Wanted, *, whole_job: bool = False) -> AsyncGenerator[Events]:
     await use.check_stream(wanted.filter)
-    # Closed here and not by the route, which is simply dropped when its client goes.
+    # The endpoint of a route is dropped when its client leaves, so the events are closed here.
     async with aclosing(use.hub.stream(wanted.filter, after=wanted.after, whole_job=whole_job)) as events:
         yield events
 
@@ -115,7 +119,7 @@ async def _of_job(job_id: JobId, wanted: Asked, use: UseCases) -> AsyncGenerator
         yield events
 
 
-# Each subscriber gets the same text, and all of them get an event one right after the other.
+# All subscribers get the same text of an event, at almost the same time.
 @lru_cache(maxsize=64)
 def _sent(event: StoredEvent | None) -> bytes:
     if event is None:

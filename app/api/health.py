@@ -13,10 +13,11 @@ from app.api.codes import MEDIA_TYPE, NOT_READY, refusals
 from app.api.metrics import Metrics
 from app.api.problems import path_of
 from app.api.requests import READS, UseCases
-from app.api.schemas import HealthOut, RecoveryOut, recovery_out
+from app.api.schemas.health import HealthOut
+from app.api.schemas.recovery import RecoveryOut, recovery_out
 
 free = APIRouter(tags=["health"])
-"""Routes that take no token."""
+"""Routes that need no token."""
 
 router = APIRouter(route_class=Guarded, tags=["health"])
 

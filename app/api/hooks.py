@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final, cast
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ValidationError
@@ -18,41 +18,35 @@ from app.api.idempotency import request_key, served_once
 from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, path_of
 from app.api.requests import UseCases
-from app.api.schemas import IgnoredOut, JobOut
+from app.api.schemas.hooks import IgnoredOut
+from app.api.schemas.jobs import JobOut
 from app.core.errors import Code, Problem, Refused, invalid
-from app.core.incoming import IncomingDelivery, Provider, delivery_id, mismatch, signature_error
+from app.core.incoming import ID_HEADERS, IncomingDelivery, delivery_id, mismatch, signature_error
 from app.core.plan import CommitRequest, commit_request
 from app.engine.idempotency import HOOK
 from app.engine.ports.clock import Clock
 from app.settings import Hook, SettingsError
 
 router = APIRouter(tags=["hooks"])
-"""Takes no token: a delivery is signed."""
-
-HEADER: Final = {
-    Provider.GITHUB: "X-GitHub-IncomingDelivery",
-    Provider.GITLAB: "Idempotency-Key",
-    Provider.STANDARD: "webhook-id",
-}
+"""The route needs no token, because a delivery is signed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A hook with its secret and the request that it stands for, all of it checked."""
+    """A hook of the configuration with its secret and the request that it makes, after all checks."""
 
-    name: str
     hook: Hook
     secret: str
     body: CommitIn
     request: CommitRequest
 
     def verdict(self, delivery: IncomingDelivery) -> str | None:
-        """None if the delivery starts the commit, else why not; raises `Refused` where it is no JSON."""
+        """None if the delivery starts the commit, else the reason why not; raises `Refused` if the body is not JSON."""
         return mismatch(self.hook.provider, self.hook.event, self.hook.match, delivery.headers, _payload(delivery.body))
 
 
 def prepared(name: str, hook: Hook) -> Taken:
-    """A hook that can be served; raises `SettingsError`."""
+    """The hook after all checks; raises `SettingsError` if it can't be served."""
     try:
         secret = hook.secret_file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
@@ -68,7 +62,7 @@ def prepared(name: str, hook: Hook) -> Taken:
     request = commit_request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise SettingsError(f"hooks.{name}.body: {request.detail}")
-    return Taken(name, hook, secret, body, request)
+    return Taken(hook, secret, body, request)
 
 
 def _payload(body: bytes) -> object:
@@ -96,7 +90,7 @@ async def _delivery(http: Request) -> IncomingDelivery:
         }
     },
     responses={
-        200: {"model": IgnoredOut, "description": "A delivery that is not meant"},
+        200: {"model": IgnoredOut, "description": "The delivery starts nothing"},
         **refusals(Code.SIGNATURE_INVALID, Code.HOOK_NOT_FOUND, *COMMIT),
     },
 )
@@ -107,7 +101,7 @@ async def take_delivery(
     taken = cast("Mapping[str, Taken]", http.app.state.hooks).get(name)
     if taken is None:
         raise Refused(
-            Problem(code=Code.HOOK_NOT_FOUND, detail=f"no hook is called {name!r}; hooks stand in the configuration")
+            Problem(code=Code.HOOK_NOT_FOUND, detail=f"no hook is called {name!r}; the configuration names the hooks")
         )
     delivery = await _delivery(http)
     now = cast(Clock, http.app.state.clock).now() / 1000
@@ -121,8 +115,8 @@ async def take_delivery(
         return Response(IgnoredOut(ignored=reason).model_dump_json(), media_type="application/json")
     id_ = delivery_id(taken.hook.provider, delivery.headers)
     if id_ is None:
-        missing = f"expected the delivery's id in the header {HEADER[taken.hook.provider]}"
-        raise Refused(invalid_parameter(HEADER[taken.hook.provider], missing))
+        header = ID_HEADERS[taken.hook.provider][0]
+        raise Refused(invalid_parameter(header, f"expected the delivery's id in the header {header}"))
     who = HOOK + name
     key = request_key(id_, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
 

@@ -21,10 +21,13 @@ from app.engine.ports.journal import IdempotencyKey, JournalFull, StoredAnswer
 from app.engine.service import Service
 
 KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+"""A key that is well-formed."""
 
 DIGEST: Final = re.compile(r'\s*(?:(?P<any>\*)|(?P<weak>W/)?"(?P<quoted>[^"]*)"|(?P<bare>[^\s",]+))\s*')
+"""One member of an `If-Match` header: `*`, an entity tag, or a digest without quotes."""
 
 REPLAYED: Final = "Idempotency-Replayed"
+"""The header of an answer that repeats an earlier answer."""
 
 KeyHeader = Annotated[
     str | None,
@@ -42,7 +45,7 @@ log = structlog.get_logger(__name__)
 
 
 def request_key(key: str, *, who: str, request: Mapping[str, object]) -> IdempotencyKey:
-    """A key and what it was sent with; raises `Refused` where it is malformed."""
+    """The key with a fingerprint of its request; raises `Refused` if the key is malformed."""
     if not KEY.fullmatch(key):
         raise Refused(invalid_parameter("Idempotency-Key", "expected 1 to 255 visible ASCII characters"))
     text = json.dumps(request, sort_keys=True)
@@ -50,7 +53,7 @@ def request_key(key: str, *, who: str, request: Mapping[str, object]) -> Idempot
 
 
 def digests(if_match: str | None) -> frozenset[str] | None:
-    """The digests of which the disk's has to be one; None where any will do. Raises `Refused`."""
+    """The digests that the chain may have; None if it may have any. Raises `Refused` if the header is malformed."""
     if if_match is None:
         return None
     found = [DIGEST.fullmatch(part) for part in if_match.split(",")]
@@ -67,9 +70,9 @@ def digests(if_match: str | None) -> frozenset[str] | None:
 async def served_once(
     use: Service, key: IdempotencyKey, path: str, serve: Callable[[], Awaitable[Response]]
 ) -> Response:
-    """The answer of `serve`, or that which an earlier request under the key got. `path` is the request's.
+    """The answer of `serve`, or the answer to an earlier request under the key. `path` is the path of the request.
 
-    `serve` stores the key with the job that it makes. A request that was answered with a refusal and made no job is
+    `serve` stores the key together with the job that it makes. A request that was refused before it made a job is
     served anew.
     """
     with use.once.alone(key):
@@ -77,14 +80,14 @@ async def served_once(
         if kept is not None:
             answer = _kept_answer(kept) or _answer_of(await use.job(kept.job_id), path)
             if kept.body is None:
-                # The service ended between the journal and the answer: this is the first one.
+                # The service ended after it had stored the job and before it had stored an answer.
                 await _keep(use, key, answer)
             answer.headers[REPLAYED] = "true"
             return answer
         try:
             answer = await serve()
         except Refused as refused:
-            # QEMU may have refused what was a job already.
+            # QEMU may have refused the job after the journal had stored it.
             if "job" not in refused.problem.extra or await use.once.kept(key) is None:
                 raise
             answer = problem_response(refused.problem, path)
@@ -96,7 +99,7 @@ async def _keep(use: Service, key: IdempotencyKey, answer: Response) -> None:
     try:
         await use.once.keep_answer(key, answer.status_code, bytes(answer.body).decode())
     except JournalFull as error:
-        # The job is stored with its key; a repetition will be told of it as it is then.
+        # The job is stored with its key, so a repeated request gets the job as it is then.
         log.error("answer not kept", error=str(error))
 
 
@@ -110,7 +113,7 @@ def _kept_answer(kept: StoredAnswer) -> Response | None:
 
 
 def _answer_of(job: Job, path: str) -> Response:
-    """What the request for a job would have been answered with."""
+    """The answer that the request for this job would have got."""
     refused = refusal_of(job)
     if refused is not None:
         return problem_response(refused, path)

@@ -12,8 +12,9 @@ from app.api.auth import Admin, Guarded, Operator, Reader
 from app.api.bodies import PatchJobIn, ResolveIn
 from app.api.cloudevents import Events, event_json
 from app.api.codes import refusals
-from app.api.requests import CHANGES, READS, JobId, Limit, NumberCursor, UseCases, page
-from app.api.schemas import JobOut, Jobs, job_json
+from app.api.pages import Limit, NumberCursor, cut_page, page_response
+from app.api.requests import CHANGES, READS, JobId, UseCases
+from app.api.schemas.jobs import JobOut, Jobs, job_json
 from app.core.errors import Code, Problem, Refused
 from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags
 from app.core.job import Job, State
@@ -28,7 +29,7 @@ WAIT_MAX: Final = 60
 """The longest wait for a job, in seconds."""
 
 WAIT: Final = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(?P<seconds>[0-9]{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
-"""The preference `wait` in a `Prefer` header (RFC 7240); what a server doesn't understand there, it ignores."""
+"""The preference `wait` in a `Prefer` header (RFC 7240). Preferences that the service does not know are ignored."""
 
 
 def job_response(job: Job, *, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -52,9 +53,7 @@ async def list_jobs(
     """Jobs, newest first."""
     wanted = JobFilter(domain=domain, disk=disk, state=state, active=active, before=cursor, limit=limit)
     jobs, following = await use.jobs(wanted)
-    items = ",".join(job_json(job) for job in jobs)
-    text = f'{{"items":[{items}],"next":' + ("null}" if following is None else f'"{following}"}}')
-    return Response(text, media_type="application/json")
+    return page_response(map(job_json, jobs), following)
 
 
 @router.get(
@@ -87,10 +86,8 @@ async def get_history(
     job_id: JobId, _who: Reader, use: UseCases, limit: Limit = 100, cursor: NumberCursor = None
 ) -> Response:
     """The stored events of a job, oldest first."""
-    events, following = page(await use.history(job_id), lambda event: event.id or 0, after=cursor, limit=limit)
-    items = ", ".join(event_json(event) for event in events)
-    text = f'{{"items": [{items}], "next": ' + (f'"{following}"}}' if following else "null}")
-    return Response(text, media_type="application/json")
+    events, following = cut_page(await use.history(job_id), lambda event: event.id or 0, after=cursor, limit=limit)
+    return page_response(map(event_json, events), following)
 
 
 @router.delete(

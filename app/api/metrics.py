@@ -18,26 +18,27 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 
 
 class Metrics:
-    """Requests as they are answered, and the service's own figures at the moment they are asked for."""
+    """Counts and times of requests, and the service's own figures as they are when `text` is called."""
 
     def __init__(self, service: Service | None, version: str) -> None:
-        self.registry = CollectorRegistry()
+        self._registry = CollectorRegistry()
         self._requests = Counter(
             "blockjobd_http_requests",
             "Requests by route, method and status",
             ["route", "method", "status"],
-            registry=self.registry,
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "blockjobd_http_request_seconds",
             "Time to answer a request, event streams left out",
             ["route", "method"],
-            registry=self.registry,
+            registry=self._registry,
         )
-        # There are few, and to find one takes longer than to count.
+        # There are few counters, and finding a counter takes longer than counting.
         self._count = lru_cache(maxsize=None)(self._requests.labels)
         self._duration = lru_cache(maxsize=None)(self._seconds.labels)
-        self.registry.register(_Figures(service, version))
+        if service is not None:
+            self._registry.register(_Figures(service, version))
 
     def answered(self, *, route: str, method: str, status: int, seconds: float | None) -> None:
         """Count a request; `route` is a template, `seconds` None for a stream."""
@@ -48,23 +49,17 @@ class Metrics:
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format (version 0.0.4)."""
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
 
 
 class _Figures(Collector):
-    def __init__(self, service: Service | None, version: str) -> None:
+    def __init__(self, service: Service, version: str) -> None:
         self._service = service
         self._version = version
-
-    def describe(self) -> list[Metric]:
-        """Nothing ahead of time: the registry would ask the service before it runs."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """The figures as they are now."""
         yield InfoMetricFamily("blockjobd", "The service", {"version": self._version})
-        if self._service is None:
-            return
         counts = self._service.counts()
         jobs = GaugeMetricFamily("blockjobd_jobs", "Unfinished jobs by state", labels=["state"])
         for state in State:

@@ -1,4 +1,4 @@
-"""What is known of each request afterwards: its id, a line in the log, and a count."""
+"""An id, a line in the log and a count for each request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from app.api.problems import internal_error, path_of
 from app.engine.ports.tokens import Token
 
 STALLED: Final = 60.0
-"""Seconds for which a client may take nothing of what it is sent, before it is disconnected."""
+"""Seconds after which a client that takes nothing of its answer is disconnected."""
 
 ABORT: Final = "blockjobd.abort"
 """The name of an extension of the scope (ASGI, "Extensions"): its `call` cuts the connection."""
@@ -26,7 +26,7 @@ ABORT: Final = "blockjobd.abort"
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})
-"""Routes that are asked all the time; they stand in the log only when they fail."""
+"""Routes that are called all the time. Only their failures are logged."""
 
 STREAM: Final = b"text/event-stream"
 
@@ -43,9 +43,6 @@ class RequestObserver:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         request_id = _given_id(scope) or secrets.token_hex(8)
         answer = _Answer(scope, send, request_id, self._stalled)
         begin = time.perf_counter()
@@ -80,7 +77,7 @@ class RequestObserver:
 
 
 def _given_id(scope: Scope) -> str | None:
-    """The id that the client has given its request; the first one, if it is well-formed."""
+    """The id that the client has given to its request: the first `X-Request-Id`, if it is well-formed, else None."""
     for name, value in cast("Iterable[tuple[bytes, bytes]]", scope["headers"]):
         if name == b"x-request-id":
             given = value.decode("latin-1")
@@ -89,7 +86,7 @@ def _given_id(scope: Scope) -> str | None:
 
 
 class _Answer:
-    """Passes an answer on, with the id of its request, and keeps what is to be known of it."""
+    """Passes an answer on with the id of its request, and remembers its status and whether it is a stream."""
 
     __slots__ = ("_later", "_request_id", "_scope", "_send", "_stalled", "status", "stream")
 
@@ -115,7 +112,7 @@ class _Answer:
             timer.cancel()
 
     def _disconnect(self) -> None:
-        # Ends the waiting `send`, and with it the answer, as if the client had gone.
+        # This ends the waiting `send` and so the answer, as if the client had left.
         log.warning("a client takes nothing and is disconnected", seconds=self._stalled, request_id=self._request_id)
         extension = cast("Mapping[str, Callable[[], None]]", self._scope.get("extensions", {}).get(ABORT, {}))
         if "call" in extension:

@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457), and how errors of any origin become one."""
+"""Problem documents (RFC 9457), and how errors of any origin become problem documents."""
 
 from __future__ import annotations
 
@@ -61,13 +61,9 @@ def path_of(scope: Scope) -> str:
     return cast(bytes, scope["raw_path"]).decode("ascii", "backslashreplace")
 
 
-def problem_response(
-    problem: Problem, instance: str, *, status: int | None = None, headers: Mapping[str, str] | None = None
-) -> Response:
-    """The answer that carries `problem`; `status` where it isn't the one that goes with the code."""
+def problem_response(problem: Problem, instance: str, *, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer that carries `problem`."""
     document = problem_document(problem, instance)
-    if status is not None:
-        document = document.model_copy(update={"status": status})
     sent = dict(headers or {})
     if problem.code is Code.UNAUTHENTICATED:
         sent["WWW-Authenticate"] = "Bearer"
@@ -79,8 +75,8 @@ def problem_response(
 def json_pointer(location: Sequence[str | int], body: object, *, missing: bool) -> str:
     """The JSON Pointer (RFC 6901) of a validation error's `location` in `body`.
 
-    Pydantic puts its own words for the variants of a union into the location; what isn't in the body is one of them,
-    but for the last part of a field that is `missing`.
+    Pydantic adds its own names for the variants of a union to the location. A part that the body does not have is such
+    a name, except for the last part of the location of a field that is `missing`.
     """
     pointer, node = "", body
     for part in location:
@@ -113,7 +109,7 @@ def _validation_errors(error: RequestValidationError) -> list[dict[str, str]]:
 
 
 def invalid_parameter(name: str, detail: str) -> Problem:
-    """A request with one wrong query parameter or header."""
+    """The problem of a request with one wrong query parameter or header."""
     return Problem(
         code=Code.INVALID_REQUEST,
         detail=f"{name}: {detail}",
@@ -129,10 +125,10 @@ async def _on_validation(request: Request, error: RequestValidationError) -> Res
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    path, headers = path_of(request.scope), error.headers
+    path, headers = path_of(request.scope), {}
     match error.status_code:
         case 404:
-            problem = Problem(code=Code.NOT_FOUND, detail=f"there is no {path}; /openapi.json lists what there is")
+            problem = Problem(code=Code.NOT_FOUND, detail=f"there is no route {path}; /openapi.json lists all routes")
         case 405:
             allowed = ", ".join(_methods(request))
             problem = Problem(code=Code.METHOD_NOT_ALLOWED, detail=f"{path} takes {allowed}, not {request.method}")
@@ -140,18 +136,16 @@ async def _on_http(request: Request, error: HTTPException) -> Response:
         case 413:
             problem = Problem(code=Code.PAYLOAD_TOO_LARGE, detail=error.detail)
         case 400:
-            # What FastAPI says where a body is no text, nests without end, or holds numbers without end.
+            # FastAPI raises this for a body that is not text, is nested too deeply, or has a number that is too long.
             problem = invalid("", "the body can't be read as JSON")
-        case status if status < 500:
-            problem = Problem(code=Code.INVALID_REQUEST, detail=error.detail)
-            return problem_response(problem, path, status=status, headers=headers)
         case _:
-            problem = Problem(code=Code.INTERNAL_ERROR, detail=error.detail)
+            # The framework and the service answer with no other status, so this is a fault.
+            raise error
     return problem_response(problem, path, headers=headers)
 
 
 def _methods(request: Request) -> list[str]:
-    """Every method of the request's path; Starlette knows those of the first matching route only."""
+    """Every method of the request's path. Starlette only knows the methods of the first route that matches."""
     app = cast(FastAPI, request.app)
     path = cast(str, request.scope["path"])
     routes = (route for route in iter_route_contexts(app.routes) if route.path_regex.match(path))
@@ -168,10 +162,10 @@ async def _on_journal_full(request: Request, _error: JournalFull) -> Response:
 
 
 def internal_error(request: Request, request_id: str) -> Response:
-    """The answer to a fault of ours, whose traceback stands in the log under `request_id`."""
+    """The answer to a fault of the service. The log has the traceback under `request_id`."""
     problem = Problem(
         code=Code.INTERNAL_ERROR,
-        detail=f"a fault of the service; its log tells more of the request {request_id}",
+        detail=f"the service has failed; its log says more about the request {request_id}",
         extra={"request_id": request_id},
     )
     return problem_response(problem, path_of(request.scope))

@@ -1,10 +1,11 @@
-"""How events and their data are written (`app.engine.views`): in the words of the API's own answers."""
+"""The JSON of events and their data, which is the JSON of the API's own answers (ports in `app.engine.views`)."""
 
 from __future__ import annotations
 
 from app.api.cloudevents import event_json
-from app.api.schemas import domain_json, job_json
-from app.api.webhooks import webhook_out
+from app.api.schemas.domains import domain_json
+from app.api.schemas.jobs import job_json
+from app.api.schemas.webhooks import webhook_json
 from app.core.job import Job
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.outbox import Webhook
@@ -24,7 +25,7 @@ class JsonRender:
 
     def webhook(self, webhook: Webhook) -> str:
         """The JSON of a webhook, without its secrets."""
-        return webhook_out(webhook).model_dump_json()
+        return webhook_json(webhook)
 
     def event(self, event: StoredEvent) -> str:
         """The JSON of a whole event."""

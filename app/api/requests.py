@@ -1,11 +1,10 @@
-"""What routes take from their requests besides the body, and how lists are cut into pages."""
+"""What routes take from their requests besides the body."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Final, TypeVar, cast
+from typing import Annotated, Final, cast
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Request
 from pydantic import AfterValidator
 
 from app.core.errors import Code
@@ -21,13 +20,13 @@ CHANGES: Final = (*READS, Code.OPERATION_DENIED, Code.PAYLOAD_TOO_LARGE, Code.SH
 """What any change may be refused with."""
 
 
-# What is not `async` would be sent to a thread.
+# FastAPI would call a function that is not `async` in a thread.
 async def _use_cases(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
 def no_nul(value: str) -> str:
-    """The value, for use in an annotation; raises ValueError where no journal and no file can hold it."""
+    """The value, for use in an annotation; raises ValueError for a NUL character, which file names can't hold."""
     if "\0" in value:
         raise ValueError("must not hold a NUL character")
     return value
@@ -41,17 +40,3 @@ DiskName = Annotated[
     AfterValidator(no_nul),
 ]
 JobId = Annotated[str, Path(description="the job's id"), AfterValidator(no_nul)]
-Limit = Annotated[int, Query(ge=1, le=1000, description="how many items at most")]
-Cursor = Annotated[str | None, Query(description="`next` of the page before")]
-NumberCursor = Annotated[int | None, Query(ge=0, le=INTEGER_MAX, description="`next` of the page before")]
-
-Item = TypeVar("Item")
-Key = TypeVar("Key", str, int)
-
-
-def page(
-    items: Sequence[Item], key: Callable[[Item], Key], *, after: Key | None, limit: int
-) -> tuple[Sequence[Item], str | None]:
-    """Up to `limit` of the items whose key is above `after`, in the order of their keys, and the next cursor."""
-    rest = sorted((item for item in items if after is None or key(item) > after), key=key)
-    return rest[:limit], str(key(rest[limit - 1])) if len(rest) > limit else None

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, told to end the event streams before it waits for its connections."""
+"""The HTTP server: uvicorn, which ends the event streams before it waits for its connections."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from app.settings import Listen
 GRACE: Final = 2
 """Seconds that requests under way have to end at shutdown.
 
-Who does not read takes all of them; the actors have 2 more, and the whole service has 5.
+A client that does not read uses all of them. The actors have 2 s more, and the whole service has 5 s.
 """
 
 BACKLOG: Final = 2048
-"""Connections that may wait to be taken."""
+"""Connections that may wait to be accepted."""
 
 
 HEAD_MAX: Final = 64 << 10
-"""Bytes that the head of a request may have; beyond it a head is refused unless it comes in one piece."""
+"""Bytes that the head of a request may have. A larger head is refused, unless it arrives in one piece."""
 
 MESSAGE_MAX: Final = 8 << 20
-"""Bytes that are read of a request in all: a body of the largest size, in chunks that are small, takes that many."""
+"""Bytes that are read of one request. A body of the largest size needs that many if its chunks are small."""
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP/1.1, which answers what is none with a problem document, and whose connections can be cut.
+    """HTTP/1.1. It answers bytes that are not HTTP with a problem document, and lets the application cut a connection.
 
-    The parser below it keeps each header until it is complete, whoever sends it and however long it is.
+    The parser below keeps a header until the header is complete, so the bytes of each request are counted here.
     """
 
     _messages = 0
@@ -50,7 +50,7 @@ class Protocol(HttpToolsProtocol):
     _limit: int | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Take in some bytes, unless they are too many."""
+        """Take bytes, and end the connection if a request has too many."""
         before = self._messages
         super().data_received(data)
         if self._limit is None or before != self._messages or self.transport.is_closing():
@@ -79,7 +79,7 @@ class Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse bytes that are no HTTP, and end the connection."""
+        """Refuse bytes that are not HTTP, and end the connection."""
         body = problem_document(invalid("", msg), "/").model_copy(update={"status": 400}).model_dump_json().encode()
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
@@ -87,9 +87,9 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """One server for one application. Its socket is bound from the start, so `url` is known before it serves.
+    """One server for one application. The server binds its socket when it is made, so `url` is known before it serves.
 
-    `ready` is called with `url` once requests are taken. Raises OSError where `listen` can't be listened on.
+    `ready` is called with `url` once the server takes requests. Raises OSError if it can't listen on `listen`.
     """
 
     def __init__(self, app: FastAPI, hub: Hub, listen: Listen, *, ready: Callable[[str], None] | None = None) -> None:
@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
             self.close()
 
     def close(self) -> None:
-        """Let go of the socket; for a server that does not come to serve."""
+        """Close the socket. `serve` closes it too, so only a server that never serves needs this call."""
         self._socket.close()
         if self._listen.unix is not None:
             self._listen.unix.unlink(missing_ok=True)
@@ -139,13 +139,13 @@ class Server(uvicorn.Server):
             self._ready(self.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the streams, which would go on for ever, then let the other requests end."""
+        """End the streams, which have no end of their own, and wait for the other requests."""
         self._hub.close()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Take signals while serving. Unlike uvicorn, don't raise them again: what comes after serving must run."""
+        """Handle signals while serving. uvicorn raises them again at the end, but the code after `serve` must run."""
         loop = asyncio.get_running_loop()
         taken: list[signal.Signals] = []
         # Only a main thread gets signals.
@@ -183,7 +183,7 @@ def _bind(listen: Listen) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a service that was killed; one that is listened on stays, and binding it will fail."""
+    """Remove the socket of a service that was killed. A socket with a listener stays, and binding to it will fail."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == errno.ECONNREFUSED and path.is_socket():
             path.unlink()

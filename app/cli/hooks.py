@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Final
 
 from app.api.hooks import prepared
 from app.core.errors import Refused
-from app.core.incoming import IncomingDelivery, Provider, delivery_id, signature_error
+from app.core.incoming import EVENT_HEADERS, SIGNATURE_HEADERS, IncomingDelivery, delivery_id, signature_error
 from app.settings import Settings, SettingsError
-
-SIGNED: Final = {"x-hub-signature-256", "x-gitlab-token", "webhook-signature"}
-
-EVENT: Final = {Provider.GITHUB: "x-github-event", Provider.GITLAB: "x-gitlab-event"}
 
 
 def judge(settings: Settings, name: str, body: bytes, headers: Sequence[str]) -> tuple[list[str], bool]:
-    """(what is to be said of the delivery, whether it would start something). Raises `SettingsError`."""
+    """(the lines to print, whether the delivery would start a job). Raises `SettingsError` for a wrong argument."""
     if name not in settings.hooks:
         known = ", ".join(settings.hooks) or "none"
         raise SettingsError(f"no hook is called {name!r}; the configuration has {known}")
@@ -31,11 +26,11 @@ def judge(settings: Settings, name: str, body: bytes, headers: Sequence[str]) ->
             raise SettingsError(f"expected 'NAME: VALUE' as a header, not {header!r}")
         given[key.strip().lower()] = value.strip()
     lines: list[str] = []
-    signed = bool(SIGNED & given.keys())
+    signed = any(name.lower() in given for name in SIGNATURE_HEADERS.values())
     error = signature_error(hook.provider, taken.secret, IncomingDelivery(given, body), time.time()) if signed else None
     lines.append(f"signature: {error or 'valid'}" if signed else "signature: not given, so not looked at")
-    if hook.provider in EVENT and EVENT[hook.provider] not in given:
-        given[EVENT[hook.provider]] = hook.event
+    if hook.provider in EVENT_HEADERS:
+        given.setdefault(EVENT_HEADERS[hook.provider].lower(), hook.event)
     if error is not None:
         return [*lines, "answer: 401 signature-invalid"], False
     try:

@@ -30,6 +30,38 @@ class Provider(StrEnum):
     STANDARD = "standard"
 
 
+STANDARD_ID: Final = "webhook-id"
+"""The header of the Standard Webhooks specification for the id of a delivery."""
+
+STANDARD_TIME: Final = "webhook-timestamp"
+"""The header of the same specification for the time that is signed, in seconds since 1970."""
+
+STANDARD_SIGNATURE: Final = "webhook-signature"
+"""The header of the same specification for the signatures, with spaces in between."""
+
+SIGNATURE_HEADERS: Final[Mapping[Provider, str]] = {
+    Provider.GITHUB: "X-Hub-Signature-256",
+    # Holds the secret itself. A webhook of GitLab with a signing token is signed as the standard says.
+    Provider.GITLAB: "X-Gitlab-Token",
+    Provider.STANDARD: STANDARD_SIGNATURE,
+}
+"""The header that proves who has sent a delivery."""
+
+EVENT_HEADERS: Final[Mapping[Provider, str]] = {
+    Provider.GITHUB: "X-GitHub-Event",
+    Provider.GITLAB: "X-Gitlab-Event",
+}
+"""The header that names the event. The standard names the event in the body."""
+
+ID_HEADERS: Final[Mapping[Provider, Sequence[str]]] = {
+    Provider.GITHUB: ("X-GitHub-Delivery",),
+    # The first one stays the same when GitLab sends the delivery again. Events of one cause share the last one.
+    Provider.GITLAB: ("Idempotency-Key", STANDARD_ID, "X-Gitlab-Event-UUID"),
+    Provider.STANDARD: (STANDARD_ID,),
+}
+"""The headers that may hold the id of a delivery. The first of them that has a value counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class IncomingDelivery:
     """A request as it came; the names of the headers in lower case."""
@@ -41,8 +73,8 @@ class IncomingDelivery:
 def signature_error(provider: Provider, secret: str, delivery: IncomingDelivery, now: float) -> str | None:
     """None if whoever knows `secret` has sent the delivery, else what is wrong. `now` in seconds since 1970.
 
-    All comparisons take the same time whatever they find. A secret of GitLab's is its signing token where it looks like
-    one, else the plain token that it sends along.
+    A comparison takes the same time for every result. A secret of GitLab is a signing token if it begins with `PREFIX`;
+    else it is the plain token that GitLab sends along.
     """
     if provider is Provider.GITHUB:
         return _github_error(secret, delivery)
@@ -52,33 +84,35 @@ def signature_error(provider: Provider, secret: str, delivery: IncomingDelivery,
 
 
 def _github_error(secret: str, delivery: IncomingDelivery) -> str | None:
-    given = delivery.headers.get("x-hub-signature-256")
+    name = SIGNATURE_HEADERS[Provider.GITHUB]
+    given = delivery.headers.get(name.lower())
     if given is None:
-        return "the header X-Hub-Signature-256 is missing"
+        return f"the header {name} is missing"
     expected = "sha256=" + hmac.new(secret.encode(), delivery.body, hashlib.sha256).hexdigest()
-    return None if _same(given, expected) else "X-Hub-Signature-256 does not fit the body and the secret"
+    return None if _same(given, expected) else f"{name} does not fit the body and the secret"
 
 
 def _gitlab_error(secret: str, delivery: IncomingDelivery) -> str | None:
-    given = delivery.headers.get("x-gitlab-token")
+    name = SIGNATURE_HEADERS[Provider.GITLAB]
+    given = delivery.headers.get(name.lower())
     if given is None:
-        return "the header X-Gitlab-Token is missing"
-    return None if _same(given, secret) else "X-Gitlab-Token is not the secret"
+        return f"the header {name} is missing"
+    return None if _same(given, secret) else f"{name} is not the secret"
 
 
 def _standard_error(secret: str, delivery: IncomingDelivery, now: float) -> str | None:
-    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    names = (STANDARD_ID, STANDARD_TIME, STANDARD_SIGNATURE)
     missing = [name for name in names if not delivery.headers.get(name)]
     if missing:
         return f"the header {missing[0]} is missing"
     id_, time, signatures = (delivery.headers[name] for name in names)
     if not (time.isascii() and time.isdigit() and len(time) <= 12):
-        return "webhook-timestamp is no time in seconds since 1970"
+        return f"{STANDARD_TIME} is no time in seconds since 1970"
     expected = standard_signature(secret, id_, int(time), delivery.body)
     if not any(_same(given, expected) for given in signatures.split(" ")):
-        return "webhook-signature does not fit the id, the time, the body and the secret"
+        return f"{STANDARD_SIGNATURE} does not fit the id, the time, the body and the secret"
     if abs(now - int(time)) > WINDOW:
-        return f"webhook-timestamp is more than {WINDOW} s away from this host's clock"
+        return f"{STANDARD_TIME} is more than {WINDOW} s away from this host's clock"
     return None
 
 
@@ -90,7 +124,7 @@ def standard_signature(secret: str, id_: str, time: int, body: bytes) -> str:
 
 
 def standard_key(secret: str) -> bytes:
-    """The key that a secret stands for: its base 64, or the text itself where it is none."""
+    """The key of a secret: the bytes of its base 64, or the text itself if the secret is not base 64."""
     try:
         return base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except binascii.Error:
@@ -102,25 +136,17 @@ def _same(given: str, expected: str) -> bool:
 
 
 def delivery_id(provider: Provider, headers: Mapping[str, str]) -> str | None:
-    """The id that a delivery keeps when it is sent again; None where it has none."""
-    names = {
-        Provider.GITHUB: ("x-github-delivery",),
-        # The first of them stays the same over retries, and the second one is shared by the events of one cause.
-        Provider.GITLAB: ("idempotency-key", "webhook-id", "x-gitlab-event-uuid"),
-        Provider.STANDARD: ("webhook-id",),
-    }[provider]
-    return next((headers[name] for name in names if headers.get(name)), None)
+    """The id that a delivery keeps when it is sent again; None if no header holds an id."""
+    found = (headers.get(name.lower()) for name in ID_HEADERS[provider])
+    return next((id_ for id_ in found if id_), None)
 
 
 def mismatch(
     provider: Provider, event: str, match: Mapping[str, object], headers: Mapping[str, str], payload: object
 ) -> str | None:
-    """None if the delivery is of that event and says what is to match, else what it says instead."""
-    said = {
-        Provider.GITHUB: headers.get("x-github-event"),
-        Provider.GITLAB: headers.get("x-gitlab-event"),
-        Provider.STANDARD: at_pointer(payload, "/type"),
-    }[provider]
+    """None if the delivery is of `event` and `payload` has each value of `match`, else the first difference."""
+    header = EVENT_HEADERS.get(provider)
+    said = headers.get(header.lower()) if header is not None else at_pointer(payload, "/type")
     if said != event:
         return f"the event is {said}, not {event}"
     for pointer, expected in match.items():
@@ -132,7 +158,7 @@ def mismatch(
 
 
 def at_pointer(document: object, pointer: str) -> object:
-    """What a JSON Pointer (RFC 6901) leads to; None where it leads nowhere."""
+    """The value that a JSON Pointer (RFC 6901) leads to; None if it leads nowhere."""
     node = document
     for part in pointer.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")

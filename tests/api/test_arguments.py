@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, Header, Path, Query, Requ
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator
 
-from app.api import disks, domains, events, hooks, jobs
+from app.api import disks, domains, events, hooks, jobs, webhooks
 from app.api.arguments import by_request_alone, plain_handler
 from app.api.auth import Guarded, direct
 from app.core.job import State
@@ -113,7 +113,7 @@ def test_the_same_as_by_fastapi() -> None:
 
 def test_which_routes_are_plain() -> None:
     """Those with a body, a stream or a model of their own are left to FastAPI."""
-    routes = [route for module in (jobs, domains, disks, events, hooks) for route in module.router.routes]
+    routes = [route for module in (jobs, domains, disks, events, webhooks, hooks) for route in module.router.routes]
     found = {
         route.operation_id for route in routes if isinstance(route, Guarded) and plain_handler(route.dependant, direct)
     }
@@ -126,6 +126,9 @@ def test_which_routes_are_plain() -> None:
         "pauseJob",
         "resumeJob",
         "listDomains",
+        "listDisks",
+        "listWebhooks",
+        "listDeliveries",
     }
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import Request, Response
+from starlette.exceptions import HTTPException
 from structlog.testing import capture_logs
 
 from app.api.app import create_app
@@ -126,6 +128,28 @@ def test_bytes_that_are_no_http(api: Api) -> None:
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"content-type: application/problem+json" in answer
     assert b'"code":"invalid-request"' in answer
+
+
+@pytest.mark.parametrize("status", [418, 502])
+def test_a_status_that_nothing_answers_with(status: int) -> None:
+    """An error of the framework that has no code is a fault of ours, not an answer without a code of its own."""
+    app = create_app(None, lambda _text: None, version="1")
+
+    async def fails(_request: Request) -> Response:
+        raise HTTPException(status, "unheard of")
+
+    app.router.add_route("/fails", fails)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.get("/fails")
+
+    with capture_logs() as logs:
+        response = asyncio.run(ask())
+    document = problem(response, 500, "internal-error")
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert "unheard of" not in response.text
+    assert [entry["exc_info"] for entry in logs if entry["log_level"] == "error"] == [True]
 
 
 def test_a_fault_of_ours(tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ from dataclasses import replace
 
 from app.api.cloudevents import event_json
 from app.api.render import JsonRender
-from app.api.schemas import disk_out, domain_json, job_json, plan_out, timestamp
+from app.api.schemas.base import timestamp
+from app.api.schemas.disks import disk_out
+from app.api.schemas.domains import domain_json
+from app.api.schemas.jobs import job_json
+from app.api.schemas.plans import plan_out
 from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.job import DataState, Job, NotDeleted, Progress, Result, State

@@ -1,0 +1,60 @@
+"""The JSON of domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from app.api.problems import ProblemOut, problem_document
+from app.api.schemas.base import Out
+from app.engine.views import DomainState, DomainView
+
+
+class QemuOut(Out):
+    """The QEMU behind a monitor."""
+
+    version: str | None
+    pid: int | None
+
+
+class DomainOut(Out):
+    """A domain."""
+
+    id: str
+    name: str
+    uuid: str | None
+    state: DomainState
+    driver: Literal["qmp"] = "qmp"
+    qemu: QemuOut | None
+    managed_by: str | None = Field(description="`libvirt`, or null")
+    error: ProblemOut | None
+    disks: Sequence[str] = Field(description="target names")
+
+
+class Domains(Out):
+    """A page of domains."""
+
+    items: Sequence[DomainOut]
+    next: str | None
+
+
+def domain_out(view: DomainView) -> DomainOut:
+    """The JSON of a domain."""
+    seen = view.version is not None or view.pid is not None
+    return DomainOut(
+        id=view.id,
+        name=view.name,
+        uuid=view.uuid,
+        state=view.state,
+        qemu=QemuOut(version=view.version, pid=view.pid) if seen else None,
+        managed_by=view.managed_by,
+        error=problem_document(view.error, f"/domains/{view.id}") if view.error else None,
+        disks=view.disks,
+    )
+
+
+def domain_json(view: DomainView) -> str:
+    """The JSON text of a domain, in answers and in events alike."""
+    return domain_out(view).model_dump_json()
