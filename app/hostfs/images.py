@@ -24,7 +24,7 @@ from app.core.plan import Selection
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.locks import is_locked, locked_files
-from app.hostfs.process import alive, as_seen_by, open_files, open_folder, place_of
+from app.hostfs.process import alive, as_seen_by, open_files, open_folder, place_of, stat_of
 
 HEADER: Final = 65536
 """Bytes that hold all of a header."""
@@ -70,10 +70,10 @@ def _with_file(layer: Layer, process: Process | None, held: frozenset[Identity] 
     if not layer.file.startswith("/"):
         return layer
     folder = os.path.realpath(as_seen_by(posixpath.dirname(layer.file), process))
-    identity = _identity(as_seen_by(layer.file, process))
+    identity = _identity(layer.file, process)
     # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
     plain = posixpath.normpath(layer.file)
-    same = identity is not None and identity == _identity(as_seen_by(plain, process))
+    same = identity is not None and identity == _identity(plain, process)
     known = identity if held is None or identity in held else None
     return replace(layer, file=plain if same else layer.file, identity=known, folder=folder)
 
@@ -88,9 +88,9 @@ def _is_temporary(file: str, process: Process | None) -> bool:
     return posixpath.basename(file).startswith(TEMPORARY)
 
 
-def _identity(path: str) -> Identity | None:
+def _identity(path: str, process: Process | None) -> Identity | None:
     with suppress(OSError, ValueError):
-        found = os.stat(path)
+        found = stat_of(path, process)
         return (found.st_dev, found.st_ino)
     return None
 
@@ -127,7 +127,7 @@ class LocalImages:
             return {}
 
         def look() -> dict[str, Identity]:
-            found = ((path, _identity(as_seen_by(path, process))) for path in paths)
+            found = ((path, _identity(path, process)) for path in paths)
             return {path: identity for path, identity in found if identity is not None}
 
         return await asyncio.to_thread(look)
@@ -148,7 +148,7 @@ class LocalImages:
 
         def look() -> bool:
             with suppress(OSError):
-                return stat.S_ISBLK(os.stat(as_seen_by(path, process)).st_mode)
+                return stat.S_ISBLK(stat_of(path, process).st_mode)
             return False
 
         return await asyncio.to_thread(look) if path.startswith("/") else False
@@ -165,7 +165,7 @@ class LocalImages:
                 # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
                 return False
             with suppress(OSError):
-                locked = is_locked(os.stat(as_seen_by(path, process)), process)
+                locked = is_locked(stat_of(path, process), process)
                 # A QEMU that is just ending still has its locks; that it has gone is told by the next command.
                 return locked and (process is None or alive(process) is not False)
             return False
@@ -308,7 +308,7 @@ class LocalImages:
             except (OSError, qcow2.NotQcow2):
                 return None
             below = _resolved(header.backing, overlay) if header.backing else None
-            return None if below is None else (below, _identity(below))
+            return None if below is None else (below, _identity(below, None))
 
         return await asyncio.to_thread(look) if identity is not None else None
 
@@ -350,7 +350,7 @@ class LocalImages:
         return await asyncio.to_thread(look)
 
     def _offline_layer(self, path: str, expected: str | None) -> Layer:
-        found = os.stat(path)
+        found = stat_of(path, None)
         header: qcow2.Header | None = None
         try:
             header = None if expected == "raw" else self._header(path)
