@@ -19,7 +19,7 @@ from app.core.chain import Disk
 from app.core.job import Process
 from app.drivers.qmp.runner import FINAL_REPORTS_MAX, HINTS, NEEDED, QmpDriver, QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
-from app.hostfs.images import with_files
+from app.hostfs.identity import with_files
 from app.hostfs.process import start_time
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu

@@ -20,7 +20,7 @@ from app.core.qmp import block_commit_arguments
 from app.drivers.qmp import graph
 from app.drivers.qmp.connection import Connection
 from app.engine.ports.driver import Address, Declined, QemuFacts, Unreachable
-from app.hostfs.images import with_files
+from app.hostfs.identity import with_files
 from app.hostfs.process import alive, folder_of, start_time
 
 log = structlog.get_logger(__name__)
