@@ -92,7 +92,8 @@ async def measure(chosen: Selection, process: Process | None, roots: Roots, qemu
         for entry in top_map
         if entry["depth"] < depth and entry.get("present", True)
     ]
-    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=_new(copied, taken, cluster))
+    new = new_bytes(copied, taken, cluster)
+    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new)
 
 
 def _described(driver: str, path: str) -> dict[str, object]:
@@ -108,7 +109,7 @@ def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:
     return stack
 
 
-def _new(copied: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]], cluster: int) -> int:
+def new_bytes(copied: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]], cluster: int) -> int:
     """Bytes of those clusters of the base that `copied` touches and `taken` does not hold.
 
     Both are byte ranges in rising order, as an image's map gives them.
