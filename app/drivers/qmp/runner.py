@@ -18,8 +18,9 @@ from app.core.job import Job, Process
 from app.core.machine.inputs import Observed
 from app.core.qmp import block_commit_arguments
 from app.drivers.qmp import graph, replies
-from app.drivers.qmp.checks import MalformedReply, Query
+from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
+from app.drivers.qmp.events import Events
 from app.engine.ports.driver import Address, Declined, QemuFacts
 from app.hostfs.identity import with_files
 from app.hostfs.process import alive, folder_of, start_time
@@ -52,26 +53,6 @@ NEEDED: Final = (
 LIBVIRT_NODE: Final = re.compile(r"libvirt-\d+-(format|storage)")
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
-HINTS: Final = frozenset(
-    {
-        "BLOCK_IO_ERROR",
-        "BLOCK_JOB_CANCELLED",
-        "BLOCK_JOB_COMPLETED",
-        "BLOCK_JOB_READY",
-        "DEVICE_DELETED",
-        "DEVICE_TRAY_MOVED",
-        "RESUME",
-        "SHUTDOWN",
-        "STOP",
-    }
-)
-"""Events after which something is worth a look. BLOCK_JOB_ERROR is none: thousands may come, and a pause follows."""
-
-STOPS: Final = frozenset({"paused", "ready", "standby", "pending", "concluded", "null"})
-"""Statuses of a job (QAPI `JobStatus`) at which there may be something to do. It leaves the others by itself."""
-
-FINAL_REPORTS_MAX: Final = 256
-
 READS: Final = 3
 """How often the disks are read before a graph that changes all the while is given up."""
 
@@ -86,7 +67,7 @@ no child any more.
 class QmpRunner:
     """The `Runner` port over a QMP connection."""
 
-    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: _Events) -> None:
+    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: Events) -> None:
         self.facts = facts
         self._connection = connection
         self._commands = commands
@@ -295,42 +276,6 @@ def _stream(jobs: Sequence[replies.BlockJob]) -> str | None:
     return next((job.id for job in jobs if job.type == "stream"), None)
 
 
-class _Events:
-    """What is taken from QEMU's events: that it is time to look, and how jobs ended."""
-
-    def __init__(self, address: Address, hint: Callable[[], None]) -> None:
-        self.final_reports: dict[str, Observed] = {}
-        self._address = address
-        self._hint = hint
-        self._dropped = False
-
-    def __call__(self, name: object, data: object) -> None:
-        try:
-            event = replies.event(name, data)
-        except MalformedReply as error:
-            # The next poll finds whatever an event would have told. Thousands may come, so only the first is logged.
-            if not self._dropped:
-                self._dropped = True
-                log.warning("malformed event", monitor=self._address.unix or self._address.tcp, reason=str(error))
-            return
-        match event:
-            case replies.JobEnded():
-                self._keep(event)
-            case replies.JobStatusChanged():
-                # A job tells of each of its steps, and most of them are on the way to one that matters.
-                if event.status not in STOPS:
-                    return
-            case replies.OtherEvent():
-                if event.name not in HINTS:
-                    return
-        self._hint()
-
-    def _keep(self, ended: replies.JobEnded) -> None:
-        if len(self.final_reports) >= FINAL_REPORTS_MAX:
-            self.final_reports.pop(next(iter(self.final_reports)))
-        self.final_reports[ended.id] = Observed(status="concluded", progress=ended.progress, error=ended.error)
-
-
 class QmpDriver:
     """The `Driver` port; `timeout` is the most seconds that one command may take."""
 
@@ -339,8 +284,8 @@ class QmpDriver:
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
         """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
-        events = _Events(address, hint)
-        connection = await Connection.open(address, self._timeout, events, hint)
+        events = Events(address, hint)
+        connection = await Connection.open(address, self._timeout, events.take, hint)
         try:
             commands = await connection.ask(replies.COMMANDS)
             return QmpRunner(connection, await _facts(connection, commands), commands, events)
