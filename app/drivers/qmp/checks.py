@@ -172,10 +172,11 @@ def list_of(judge: Judge[T]) -> Judge[tuple[T, ...]]:
 
 def member(of: Members, key: str, judge: Judge[T]) -> T:
     """A member that has to be there."""
+    value = of.get(key)
+    if value is None and key not in of:
+        raise Wrong("missing", f".{key}")
     try:
-        return judge(of[key])
-    except KeyError:
-        raise Wrong("missing", f".{key}") from None
+        return judge(value)
     except Wrong as wrong:
         wrong.places.append(f".{key}")
         raise
