@@ -12,7 +12,7 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.job import Process
-from app.hostfs.process import alive, borrowed
+from app.hostfs.process import alive, borrowed, stat_of
 
 WRITE: Final = 101
 UNSHARED_WRITE: Final = 201
@@ -29,6 +29,22 @@ PAUSE: Final = 0.002
 
 Next to a process that did nothing but lock and unlock 200 files, one look in five was wrong.
 """
+
+
+def locked_by_another(path: str, process: Process | None) -> bool:
+    """Whether a process other than `process` holds an image lock on the file that `process` calls `path`. May block.
+
+    The kernel names no holder of such a lock, so the locks that `process` holds are taken off those there are.
+    Where that can't be counted the answer is no, as QEMU's own open decides in the end.
+    """
+    if process is not None and process.pid is None:
+        # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
+        return False
+    with suppress(OSError):
+        locked = is_locked(stat_of(path, process), process)
+        # A QEMU that is just ending still has its locks; that it has gone is told by the next command.
+        return locked and (process is None or alive(process) is not False)
+    return False
 
 
 def is_locked(file: os.stat_result, process: Process | None) -> bool:

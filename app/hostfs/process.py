@@ -57,6 +57,11 @@ def as_seen_by(path: str, process: Process | None) -> str:
     return path if root is None else root + path
 
 
+def stat_of(path: str, process: Process | None) -> os.stat_result:
+    """What the file system says of the file that the process calls `path`, links followed. Raises OSError."""
+    return os.stat(as_seen_by(path, process))
+
+
 def _other_root(process: Process | None) -> str | None:
     """Where the process's root is, if its paths lead elsewhere than the service's own."""
     if process is None or process.pid is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.drivers.qmp import graph
+from app.drivers.qmp import graph, replies
 from app.drivers.qmp.runner import NODES_SAFE, QmpDriver, QmpRunner
 from app.engine.ports.driver import Address, Declined
 from tests.support.chains import blockdev, build_chain
@@ -74,11 +74,13 @@ def test_replies_of_different_moments(tmp_path: Path) -> None:
     """A node that only one of the replies has is no shorter chain: the replies don't belong together."""
     chain = build_chain(tmp_path, 3)
     with Qemu(tmp_path / "vm.qmp", blockdev(chain)) as qemu:
-        blocks, stats = qemu.qmp("query-block"), qemu.qmp("query-blockstats")
+        devices = replies.DEVICES.read(qemu.qmp("query-block"))
+        stats = replies.STATS.read(qemu.qmp("query-blockstats"))
         nodes: list[dict[str, Any]] = qemu.qmp("query-named-block-nodes", flat=True)
-    whole = graph.read_disks(blocks=blocks, stats=stats, nodes=nodes, graph=None, prefixes={}, folder=None)
+    by_name = replies.NODES.read(nodes)
+    whole = graph.read_disks(devices=devices, stats=stats, nodes=by_name, graph=None, prefixes={}, folder=None)
     assert whole[0].files == tuple(chain.files), json.dumps(nodes)
     for gone in ("n0", "n1", "n2"):
-        left = [node for node in nodes if node["node-name"] != gone]
+        left = {name: node for name, node in by_name.items() if name != gone}
         with pytest.raises(graph.Torn):
-            graph.read_disks(blocks=blocks, stats=stats, nodes=left, graph=None, prefixes={}, folder=None)
+            graph.read_disks(devices=devices, stats=stats, nodes=left, graph=None, prefixes={}, folder=None)

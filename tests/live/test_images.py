@@ -22,7 +22,8 @@ from app.core.job import NotDeleted, Process
 from app.core.plan import CommitRequest, Selection, choose_layers
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
-from app.hostfs.images import HEADER, LocalImages
+from app.hostfs.headers import HEADER
+from app.hostfs.images import LocalImages
 from app.hostfs.process import start_time
 from tests.support.chains import CLUSTER, MIB, blockdev, build_chain
 from tests.support.qemu import Qemu

@@ -17,9 +17,10 @@ import pytest
 
 from app.core.chain import Disk
 from app.core.job import Process
-from app.drivers.qmp.runner import FINAL_REPORTS_MAX, HINTS, NEEDED, QmpDriver, QmpRunner
+from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS
+from app.drivers.qmp.runner import NEEDED, QmpDriver, QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
-from app.hostfs.images import with_files
+from app.hostfs.identity import with_files
 from app.hostfs.process import start_time
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu

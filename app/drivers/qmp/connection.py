@@ -8,12 +8,14 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final, cast
+from typing import Final, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.message import DeserializationError, Message, UnexpectedTypeError
 
 from app.core.errors import qemu_problem
+from app.drivers.qmp import replies
+from app.drivers.qmp.checks import MalformedReply, Query
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
 from app.hostfs.process import is_stopped
 
@@ -29,8 +31,10 @@ FULL: Final = 0.02
 SHOWN: Final = 100
 """How many bytes are shown of a message that is none."""
 
-Reply = Any
-"""A command's `return`, as QAPI says."""
+Sink = Callable[[object, object], None]
+"""Gets the name and the data of each event, as they came."""
+
+T = TypeVar("T")
 
 # Every refused command and lost connection is an error to that library's logger, and an attempt that is given up while
 # its peer hangs up is a critical one, traceback and all; here they are told where they matter.
@@ -43,12 +47,12 @@ class _Client(QMPClient):
     Nor does it make a text of each message for a log that nobody reads, which is most of what a message costs.
     """
 
-    def __init__(self, sink: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, sink: Sink) -> None:
         super().__init__(readbuflen=REPLY_MAX)
         self._sink = sink
 
     async def _event_dispatch(self, msg: Message) -> None:
-        self._sink(cast("Mapping[str, Any]", msg))
+        self._sink(msg["event"], msg.get("data"))
 
     async def _do_recv(self) -> Message:
         """The next message. The library's own errors hold all of what was read, and are made a text of several times.
@@ -75,18 +79,27 @@ class _Client(QMPClient):
 
 
 class Connection:
-    """An open monitor. `pid` is that of the process that listens there, where the kernel tells."""
+    """An open monitor. `pid` is that of the process that listens there, where the kernel tells.
 
-    def __init__(self, client: QMPClient, pid: int | None, patience: float, hint: Callable[[], None]) -> None:
+    What comes over it leaves it as values only. `version` is what the greeting said.
+    """
+
+    def __init__(
+        self,
+        client: QMPClient,
+        version: replies.Version,
+        pid: int | None,
+        patience: float,
+        hint: Callable[[], None],
+    ) -> None:
+        self.version = version
         self.pid = pid
         self._client = client
         self._patience = patience
         self._watch = asyncio.create_task(self._watch_end(hint))
 
     @classmethod
-    async def open(
-        cls, address: Address, patience: float, sink: Callable[[Mapping[str, Any]], None], hint: Callable[[], None]
-    ) -> Connection:
+    async def open(cls, address: Address, patience: float, sink: Sink, hint: Callable[[], None]) -> Connection:
         """Connect and negotiate; raises `Unreachable` or `Busy`."""
         client = _Client(sink)
         greeting = min(GREETING, patience)
@@ -101,6 +114,10 @@ class Connection:
                     assert address.tcp is not None
                     sock = await _connect_tcp(*address.tcp)
                 await client.connect(sock)
+            version = replies.GREETING.read(client.greeting.QMP.version if client.greeting else None)
+        except MalformedReply:
+            await _disconnect(client)
+            raise
         except TimeoutError:
             await _disconnect(client)
             if pid is not None and is_stopped(pid):
@@ -119,26 +136,31 @@ class Connection:
             await _disconnect(client)
             why = error.exc if isinstance(error, ConnectError) else "the connection ended at once"
             raise Unreachable(f"no QMP at {address.unix or address.tcp}: {why}") from error
-        return cls(client, pid, patience, hint)
+        return cls(client, version, pid, patience, hint)
 
     @property
     def connected(self) -> bool:
         """Whether the connection stands."""
         return self._client.runstate is Runstate.RUNNING
 
-    @property
-    def greeting(self) -> Mapping[str, Any]:
-        """QEMU's version, as the greeting gave it (QAPI `VersionInfo`)."""
-        greeting = self._client.greeting
-        return cast("Mapping[str, Any]", greeting.QMP.version) if greeting else {}
+    async def ask(self, query: Query[T], arguments: Mapping[str, object] | None = None) -> T:
+        """What a query's reply says; raises as `execute` does, and `MalformedReply`."""
+        return query.read(await self._execute(query.command, arguments))
 
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Reply:
-        """A command's reply; raises `Declined`, `Unanswered` (unknown whether it took effect) or `Unreachable`."""
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+        """Have a command carried out; raises `Declined`, `Unanswered` or `Unreachable`.
+
+        After the last two it is unknown whether the command took effect.
+        """
+        await self._execute(command, arguments)
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None) -> object:
         try:
             async with asyncio.timeout(self._patience):
                 return await self._client.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
-            raise Declined(qemu_problem(error.error_class, str(error), doing=command)) from error
+            error_class, desc = replies.refusal(command, error.error_class, str(error))
+            raise Declined(qemu_problem(error_class, desc, doing=command)) from error
         except TimeoutError:
             raise Unanswered(f"QEMU has not answered {command} for {self._patience:.0f} s") from None
         except (ExecInterruptedError, QMPError, OSError) as error:

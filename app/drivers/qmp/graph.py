@@ -11,12 +11,11 @@ import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from app.core.adopt import OrphanJob
 from app.core.chain import Disk, Layer
-
-Reply = Mapping[str, Any]
+from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Node, Stats
 
 FILTERS: Final = frozenset(
     {
@@ -69,31 +68,29 @@ def target_name(prefix: str, number: int) -> str:
 
 def read_disks(
     *,
-    blocks: Sequence[Reply],
-    stats: Sequence[Reply],
-    nodes: Sequence[Reply],
-    graph: Reply | None,
+    devices: Sequence[Device],
+    stats: Sequence[Stats],
+    nodes: Mapping[str, Node],
+    graph: BlockGraph | None,
     prefixes: Mapping[str, str],
     folder: str | None,
 ) -> tuple[Disk, ...]:
     """The disks, in QEMU's order.
 
-    `blocks`, `stats`, `nodes` are what query-block, query-blockstats and query-named-block-nodes (flat) return,
+    `devices`, `stats`, `nodes` are what query-block, query-blockstats and query-named-block-nodes (flat) return,
     `graph` what x-debug-query-block-graph does (None: no job runs). `prefixes` maps a device (as query-block names it)
     to the beginning of its target name; `folder` is QEMU's working directory. Raises `Torn`.
     """
-    by_name = {node["node-name"]: node for node in nodes}
-    by_backend = {(entry.get("device", ""), entry.get("qdev")): entry for entry in stats}
+    by_device = {(entry.backend, entry.qdev): entry for entry in stats}
     counts: dict[str, int] = {}
     disks: list[Disk] = []
-    for block in blocks:
-        backend, qdev = block.get("device", ""), block.get("qdev")
+    for device in devices:
+        backend, qdev, medium = device.backend, device.qdev, device.medium
         prefix = prefixes.get(qdev or "", "xd")
         name = target_name(prefix, counts.get(prefix, 0))
         counts[prefix] = counts.get(prefix, 0) + 1
-        inserted = block.get("inserted")
-        root = by_backend.get((backend, qdev)) if inserted else None
-        node = inserted["node-name"] if inserted else None
+        root = by_device.get((backend, qdev)) if medium else None
+        node = medium.node if medium else None
         aliases = [alias for alias in (device_id(qdev), backend, node) if alias and alias != name]
         disks.append(
             Disk(
@@ -102,8 +99,8 @@ def read_disks(
                 node=node,
                 backend=backend or None,
                 qdev=qdev,
-                read_only=bool(inserted and inserted["ro"]),
-                layers=_layers(root, by_name, folder) if root else (),
+                read_only=medium is not None and medium.read_only,
+                layers=_layers(root, nodes, folder) if root else (),
                 running_jobs=_jobs_on(graph, backend or qdev or "") if graph else (),
             )
         )
@@ -115,49 +112,47 @@ def device_id(qdev: str | None) -> str | None:
     if qdev is None or not qdev.startswith("/"):
         return qdev
     parts = qdev.split("/")
-    return parts[3] if parts[1:3] == ["machine", "peripheral"] else None
+    return parts[3] if len(parts) > 3 and parts[1:3] == ["machine", "peripheral"] else None
 
 
-def _layers(root: Reply, nodes: Mapping[str, Reply], folder: str | None) -> tuple[Layer, ...]:
+def _layers(root: Stats, nodes: Mapping[str, Node], folder: str | None) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     filters: list[str] = []
-    at: Reply | None = root
+    at: Stats | None = root
     while at is not None:
-        node = nodes.get(at.get("node-name", ""))
+        node = nodes.get(at.node or "")
         if node is None:
             raise Torn
-        if node["drv"] in FILTERS:
-            filters.append(node["node-name"])
-            at = at.get("backing") or at.get("parent")
+        if node.driver in FILTERS:
+            filters.append(node.name)
+            at = at.backing or at.carrier
             continue
-        below = list(_below(at))
-        layers.append(_layer(node, below, filters, nodes, folder))
+        layers.append(_layer(node, list(_below(at)), filters, nodes, folder))
         filters = []
-        at = at.get("backing")
+        at = at.backing
     return tuple(layers)
 
 
 def _layer(
-    node: Reply, below: Sequence[str], filters: Sequence[str], nodes: Mapping[str, Reply], folder: str | None
+    node: Node, below: Sequence[str], filters: Sequence[str], nodes: Mapping[str, Node], folder: str | None
 ) -> Layer:
     carrier = nodes.get(below[-1], node) if below else node
-    image = node["image"]
     return Layer(
-        file=_path(carrier["file"], folder),
-        format=node["drv"],
-        node=node["node-name"],
-        virtual_size=image["virtual-size"],
-        actual_size=image.get("actual-size", 0),
-        backing=image.get("backing-filename"),
-        backing_format=image.get("backing-filename-format"),
-        cluster_size=image.get("cluster-size", 65536),
+        file=_path(carrier.file, folder),
+        format=node.driver,
+        node=node.name,
+        virtual_size=node.virtual_size,
+        actual_size=node.actual_size or 0,
+        backing=node.backing,
+        backing_format=node.backing_format,
+        cluster_size=node.cluster_size or 65536,
         filters=tuple(filters),
         below=tuple(below),
     )
 
 
 def read_orphan(
-    job: Reply, *, disks: Sequence[Disk], nodes: Sequence[Reply], graph: Reply, folder: str | None
+    job: BlockJob, *, disks: Sequence[Disk], nodes: Mapping[str, Node], graph: BlockGraph, folder: str | None
 ) -> OrphanJob | None:
     """What a commit works on, by the nodes that it holds; None where it holds none, or none of a disk.
 
@@ -165,46 +160,50 @@ def read_orphan(
     layers above until it is dismissed, also once it has merged them and they are in no chain any more; one of the
     active layer holds its `source` and `target` until it concludes (block/commit.c, block/mirror.c).
     """
-    names = {node["id"]: node["name"] for node in graph["nodes"]}
     held: dict[str, list[str]] = {}
     files: dict[str, str] = {}
-    for edge in graph["edges"]:
-        child = names[edge["child"]]
-        if names[edge["parent"]] == job["device"]:
-            held.setdefault(edge["name"], []).append(child)
-        elif edge["name"] == "file":
-            files[names[edge["parent"]]] = child
+    for edge in graph.edges:
+        parent, child = graph.nodes[edge.parent].name, graph.nodes[edge.child].name
+        if parent == job.id:
+            held.setdefault(edge.name, []).append(child)
+        elif edge.name == "file":
+            files[parent] = child
     base = next(iter([*held.get("base", ()), *held.get("target", ())]), None)
     disk = next((disk for disk in disks if base in disk.nodes), None)
     if base is None or disk is None:
         return None
     at = disk.nodes.index(base)
-    by_name = {node["node-name"]: node for node in nodes}
-    merged = [*held.get("source", ())] or [
-        name for name in held.get("intermediate node", ()) if by_name.get(name, job).get("drv") not in FILTERS
+    merged = held.get("source") or [
+        name
+        for name in held.get("intermediate node", ())
+        if (node := nodes.get(name)) is None or node.driver not in FILTERS
     ]
     there = [disk.nodes.index(name) for name in merged if name in disk.nodes]
     if not there:
-        if any(name not in by_name for name in merged):
+        if any(name not in nodes for name in merged):
             return None
-        layers = [_layer(by_name[name], list(_carriers(name, files)), (), by_name, folder) for name in merged]
+        layers = [_layer(nodes[name], list(_carriers(name, files)), (), nodes, folder) for name in merged]
         disk = replace(disk, layers=(*disk.layers[:at], *layers, *disk.layers[at:]))
         there, at = [at], at + len(layers)
-    return OrphanJob(disk=disk, top=min(there), base=at, bandwidth=job["speed"])
+    # QEMU's own graph has the base below the merged layers; another program's may have anything.
+    return OrphanJob(disk=disk, top=min(there), base=at, bandwidth=job.speed) if min(there) < at else None
 
 
 def _carriers(node: str, files: Mapping[str, str]) -> Iterable[str]:
-    while node in files:
+    # There are no more steps than files, unless the files go round in a circle.
+    for _ in files:
+        if node not in files:
+            return
         node = files[node]
         yield node
 
 
-def _below(at: Reply) -> Iterable[str]:
-    carrier: Reply | None = at.get("parent")
+def _below(at: Stats) -> Iterable[str]:
+    carrier = at.carrier
     while carrier is not None:
-        if "node-name" in carrier:
-            yield carrier["node-name"]
-        carrier = carrier.get("parent")
+        if carrier.node is not None:
+            yield carrier.node
+        carrier = carrier.carrier
 
 
 def _path(file: str, folder: str | None) -> str:
@@ -213,21 +212,20 @@ def _path(file: str, folder: str | None) -> str:
     return posixpath.normpath(posixpath.join(folder, file))
 
 
-def _jobs_on(graph: Reply, backend: str) -> tuple[str, ...]:
+def _jobs_on(graph: BlockGraph, backend: str) -> tuple[str, ...]:
     """The jobs that use a node which the disk's chain consists of, filters of jobs among them."""
-    nodes = {node["id"]: node for node in graph["nodes"]}
     children: dict[int, list[int]] = {}
-    for edge in graph["edges"]:
-        children.setdefault(edge["parent"], []).append(edge["child"])
+    for edge in graph.edges:
+        children.setdefault(edge.parent, []).append(edge.child)
     reached: set[int] = set()
-    todo = [id_ for id_, node in nodes.items() if node["type"] == "block-backend" and node["name"] == backend]
+    todo = [node.id for node in graph.nodes.values() if node.type == "block-backend" and node.name == backend]
     while todo:
         for child in children.get(todo.pop(), ()):
             if child not in reached:
                 reached.add(child)
                 todo.append(child)
     return tuple(
-        node["name"]
-        for id_, node in nodes.items()
-        if node["type"] == "block-job" and reached.intersection(children.get(id_, ()))
+        node.name
+        for node in graph.nodes.values()
+        if node.type == "block-job" and reached.intersection(children.get(node.id, ()))
     )

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import structlog
 
 from app.core.adopt import OrphanJob
 from app.core.chain import Disk
-from app.core.errors import CANCELED, Code, Problem
-from app.core.job import Job, Process, Progress
+from app.core.errors import Code, Problem
+from app.core.job import Job, Process
 from app.core.machine.inputs import Observed
 from app.core.qmp import block_commit_arguments
-from app.drivers.qmp import graph
+from app.drivers.qmp import graph, replies
+from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
-from app.engine.ports.driver import Address, Declined, QemuFacts, Unreachable
-from app.hostfs.images import with_files
+from app.drivers.qmp.events import Events
+from app.engine.ports.driver import Address, Declined, QemuFacts
+from app.hostfs.identity import with_files
 from app.hostfs.process import alive, folder_of, start_time
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 NEEDED: Final = (
     "block-commit",
@@ -49,26 +53,6 @@ NEEDED: Final = (
 LIBVIRT_NODE: Final = re.compile(r"libvirt-\d+-(format|storage)")
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
-HINTS: Final = frozenset(
-    {
-        "BLOCK_IO_ERROR",
-        "BLOCK_JOB_CANCELLED",
-        "BLOCK_JOB_COMPLETED",
-        "BLOCK_JOB_READY",
-        "DEVICE_DELETED",
-        "DEVICE_TRAY_MOVED",
-        "RESUME",
-        "SHUTDOWN",
-        "STOP",
-    }
-)
-"""Events after which something is worth a look. BLOCK_JOB_ERROR is none: thousands may come, and a pause follows."""
-
-STOPS: Final = frozenset({"paused", "ready", "standby", "pending", "concluded", "null"})
-"""Statuses of a job (QAPI `JobStatus`) at which there may be something to do. It leaves the others by itself."""
-
-FINAL_REPORTS_MAX: Final = 256
-
 READS: Final = 3
 """How often the disks are read before a graph that changes all the while is given up."""
 
@@ -80,25 +64,16 @@ no child any more.
 """
 
 
-@contextmanager
-def _understood() -> Generator[None]:
-    """Take an answer of another shape than QAPI's for what it is: the word of a program that is no QEMU."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Unreachable(f"the program behind the monitor answers as no QEMU does: {error!r}") from error
-
-
 class QmpRunner:
     """The `Runner` port over a QMP connection."""
 
-    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: _Events) -> None:
+    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: Events) -> None:
         self.facts = facts
         self._connection = connection
         self._commands = commands
         self._events = events
         self._prefixes: dict[str, str] = {}
-        self._nodes: Sequence[Mapping[str, Any]] = ()
+        self._nodes: Mapping[str, replies.Node] = {}
 
     @property
     def connected(self) -> bool:
@@ -113,16 +88,14 @@ class QmpRunner:
     async def guest_running(self) -> bool:
         """Whether the guest's processors run (QAPI `query-status`)."""
         if "query-status" not in self._commands:
-            return bool(await self._connection.execute("query-commands"))
-        with _understood():
-            return bool((await self._connection.execute("query-status"))["running"])
+            return bool(await self._connection.ask(replies.COMMANDS))
+        return await self._connection.ask(replies.STATUS)
 
     async def disks(self) -> tuple[Disk, ...]:
         """The domain's disks and their chains, as they are now."""
         for _ in range(READS):
             try:
-                with _understood():
-                    disks = await self._read_disks()
+                disks = await self._read_disks()
             except graph.Torn:
                 continue
             disks = await asyncio.to_thread(with_files, disks, self.facts.process)
@@ -134,20 +107,18 @@ class QmpRunner:
         raise Declined(Problem(code=Code.QEMU_ERROR, detail="the block graph changes while it is read; try again"))
 
     async def _read_disks(self) -> tuple[Disk, ...]:
-        execute = self._connection.execute
+        ask = self._connection.ask
         # All at once: next to the merge of a small layer, each wait for a reply shows.
-        unfinished, blocks, stats = await asyncio.gather(
-            self._read_nodes(), execute("query-block"), execute("query-blockstats")
-        )
+        unfinished, devices, stats = await asyncio.gather(self._read_nodes(), ask(replies.DEVICES), ask(replies.STATS))
         stream = _stream(unfinished)
-        prefixes = {qdev: await self._prefix(qdev) for block in blocks if (qdev := block.get("qdev"))}
-        running = [job for job in unfinished if job["status"] not in ("concluded", "null")]
+        prefixes = {qdev: await self._prefix(qdev) for device in devices if (qdev := device.qdev)}
+        running = [job for job in unfinished if job.status not in ("concluded", "null")]
         block_graph = None
-        if running and "x-debug-query-block-graph" in self._commands:
-            block_graph = await execute("x-debug-query-block-graph")
+        if running and replies.GRAPH.command in self._commands:
+            block_graph = await ask(replies.GRAPH)
         try:
             disks = graph.read_disks(
-                blocks=blocks,
+                devices=devices,
                 stats=stats,
                 nodes=self._nodes,
                 graph=block_graph,
@@ -161,15 +132,15 @@ class QmpRunner:
             raise Declined(Problem(code=Code.JOB_CONFLICT, detail=detail, extra={"job": stream})) from None
         if running and block_graph is None:
             # Nothing says which disk a job works on, so it counts for all of them.
-            ids = tuple(job["device"] for job in running)
+            ids = tuple(job.id for job in running)
             disks = tuple(replace(disk, running_jobs=ids) for disk in disks)
         return disks
 
-    async def _read_nodes(self) -> Sequence[Mapping[str, Any]]:
+    async def _read_nodes(self) -> Sequence[replies.BlockJob]:
         """Read the nodes, unless that is not safe now; QEMU's block jobs, which tell that."""
-        unfinished: Sequence[Mapping[str, Any]] = await self._connection.execute("query-block-jobs")
-        if _stream(unfinished) is None or self._connection.greeting.get("qemu", {}).get("major", 0) >= NODES_SAFE:
-            self._nodes = await self._connection.execute("query-named-block-nodes", {"flat": True})
+        unfinished = await self._connection.ask(replies.BLOCK_JOBS)
+        if _stream(unfinished) is None or self._connection.version.major >= NODES_SAFE:
+            self._nodes = await self._connection.ask(replies.NODES, {"flat": True})
         return unfinished
 
     async def _prefix(self, qdev: str) -> str:
@@ -186,37 +157,35 @@ class QmpRunner:
         return prefix
 
     async def _property(self, path: str, name: str) -> str:
-        return str(await self._connection.execute("qom-get", {"path": path, "property": name}))
+        return await self._connection.ask(replies.PROPERTY, {"path": path, "property": name})
 
     async def observe(self) -> Mapping[str, Observed]:
         """Every job that QEMU has, by id (QAPI `query-jobs`, and `query-block-jobs` for I/O errors)."""
-        execute = self._connection.execute
-        jobs, block_jobs = await asyncio.gather(execute("query-jobs"), execute("query-block-jobs"))
-        with _understood():
-            blocked = {job["device"]: job["io-status"] for job in block_jobs}
-            return {
-                job["id"]: Observed(
-                    status=job["status"],
-                    progress=Progress(current=job["current-progress"], end=job["total-progress"]),
-                    error=job.get("error"),
-                    io_status=blocked.get(job["id"], "ok"),
-                )
-                for job in jobs
-            }
+        ask = self._connection.ask
+        jobs, block_jobs = await asyncio.gather(ask(replies.JOBS), ask(replies.BLOCK_JOBS))
+        io_status = {job.id: job.io_status for job in block_jobs}
+        return {
+            job.id: Observed(
+                status=job.status,
+                progress=job.progress,
+                error=job.error,
+                io_status=io_status.get(job.id, "ok"),
+            )
+            for job in jobs
+        }
 
     async def orphan(self, job_id: str) -> OrphanJob | None:
         """What a job works on of which there is no record (`x-debug-query-block-graph`)."""
-        if "x-debug-query-block-graph" not in self._commands:
+        if replies.GRAPH.command not in self._commands:
             return None
         disks = await self.disks()
-        with _understood():
-            block_graph = await self._connection.execute("x-debug-query-block-graph")
-            jobs = await self._connection.execute("query-block-jobs")
-            job = next((job for job in jobs if job["device"] == job_id and job["type"] == "commit"), None)
-            if job is None:
-                return None
-            folder = folder_of(self.facts.process)
-            return graph.read_orphan(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
+        block_graph = await self._connection.ask(replies.GRAPH)
+        jobs = await self._connection.ask(replies.BLOCK_JOBS)
+        job = next((job for job in jobs if job.id == job_id and job.type == "commit"), None)
+        if job is None:
+            return None
+        folder = folder_of(self.facts.process)
+        return graph.read_orphan(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
 
     async def start(self, job: Job) -> None:
         """Start the job (QAPI `block-commit`)."""
@@ -268,7 +237,7 @@ class QmpRunner:
     async def flush(self, node: str) -> None:
         """Write to the disk what is held back of a node's data (HMP `qemu-io`, as QAPI has no command for it)."""
         line = f'qemu-io "{node}" "flush"'
-        said = str(await self._connection.execute("human-monitor-command", {"command-line": line})).strip()
+        said = (await self._connection.ask(replies.MONITOR_TEXT, {"command-line": line})).strip()
         if said:
             raise Declined(Problem(code=Code.QEMU_ERROR, detail=f"{line}: {said}"))
 
@@ -303,29 +272,8 @@ class QmpRunner:
                 raise
 
 
-def _stream(jobs: Sequence[Mapping[str, Any]]) -> str | None:
-    return next((job["device"] for job in jobs if job["type"] == "stream"), None)
-
-
-class _Events:
-    """What is taken from QEMU's events: that it is time to look, and how jobs ended."""
-
-    def __init__(self, hint: Callable[[], None]) -> None:
-        self.final_reports: dict[str, Observed] = {}
-        self._hint = hint
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        name = event["event"]
-        if name in ("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED"):
-            data = event["data"]
-            error = CANCELED if name == "BLOCK_JOB_CANCELLED" else data.get("error")
-            if len(self.final_reports) >= FINAL_REPORTS_MAX:
-                self.final_reports.pop(next(iter(self.final_reports)))
-            progress = Progress(current=data["offset"], end=data["len"])
-            self.final_reports[data["device"]] = Observed(status="concluded", progress=progress, error=error)
-        # A job tells of each of its steps, and most of them are on the way to one that matters.
-        if name in HINTS or (name == "JOB_STATUS_CHANGE" and event["data"].get("status") in STOPS):
-            self._hint()
+def _stream(jobs: Sequence[replies.BlockJob]) -> str | None:
+    return next((job.id for job in jobs if job.type == "stream"), None)
 
 
 class QmpDriver:
@@ -336,12 +284,11 @@ class QmpDriver:
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
         """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
-        events = _Events(hint)
-        connection = await Connection.open(address, self._timeout, events, hint)
+        events = Events(address, hint)
+        connection = await Connection.open(address, self._timeout, events.take, hint)
         try:
-            with _understood():
-                commands = frozenset(command["name"] for command in await connection.execute("query-commands"))
-                return QmpRunner(connection, await _facts(connection, commands), commands, events)
+            commands = await connection.ask(replies.COMMANDS)
+            return QmpRunner(connection, await _facts(connection, commands), commands, events)
         except BaseException:
             await connection.close()
             raise
@@ -352,14 +299,13 @@ class QmpDriver:
 
 
 async def _facts(connection: Connection, commands: frozenset[str]) -> QemuFacts:
-    uuid = await _ask_for(connection, "query-uuid", "UUID")
+    uuid = await _ask(connection, replies.UUID)
     uuid = None if uuid == NO_UUID else uuid
-    number = connection.greeting.get("qemu", {})
     pid = connection.pid
     return QemuFacts(
-        name=await _ask_for(connection, "query-name", "name"),
+        name=await _ask(connection, replies.NAME),
         uuid=uuid,
-        version=".".join(str(number.get(part, 0)) for part in ("major", "minor", "micro")),
+        version=str(connection.version),
         process=Process(pid=pid, started=start_time(pid) if pid else None, uuid=uuid),
         managed_by="libvirt" if await _is_libvirts(connection) else None,
         missing=tuple(command for command in NEEDED if command not in commands),
@@ -368,26 +314,19 @@ async def _facts(connection: Connection, commands: frozenset[str]) -> QemuFacts:
 
 async def _is_libvirts(connection: Connection) -> bool:
     """Whether libvirt started this QEMU: its master key, its monitor, or its names of nodes are there."""
-    objects = await _ask(connection, "qom-list", {"path": "/objects"}) or ()
-    chardevs = await _ask(connection, "query-chardev") or ()
+    objects = await _ask(connection, replies.OBJECTS, {"path": "/objects"}) or ()
+    chardevs = await _ask(connection, replies.CHARDEVS) or ()
     # Not query-named-block-nodes: see NODES_SAFE.
-    block_graph: Mapping[str, Any] = await _ask(connection, "x-debug-query-block-graph") or {}
+    block_graph = await _ask(connection, replies.GRAPH)
+    nodes = block_graph.nodes.values() if block_graph else ()
     return (
-        any(entry["name"] == "masterKey0" for entry in objects)
-        or any(entry["label"] == "charmonitor" for entry in chardevs)
-        or any(LIBVIRT_NODE.fullmatch(node["name"]) for node in block_graph.get("nodes", ()))
+        "masterKey0" in objects or "charmonitor" in chardevs or any(LIBVIRT_NODE.fullmatch(node.name) for node in nodes)
     )
 
 
-async def _ask_for(connection: Connection, command: str, member: str) -> str | None:
-    """A member of a reply, or None where the program has no such command or no such member."""
-    reply: Mapping[str, Any] | None = await _ask(connection, command)
-    return str(reply[member]) if reply is not None and member in reply else None
-
-
-async def _ask(connection: Connection, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-    """A reply, or None where the program does not have the command."""
+async def _ask(connection: Connection, query: Query[T], arguments: Mapping[str, object] | None = None) -> T | None:
+    """What a query's reply says, or None where the program does not have the command."""
     try:
-        return await connection.execute(command, arguments)
+        return await connection.ask(query, arguments)
     except Declined:
         return None

@@ -1,0 +1,356 @@
+"""What a monitor says, as values: the one place that looks into what came over a connection.
+
+Each reply and event that is used has its shape here, as QAPI defines it (qapi/block-core.json, qapi/job.json). Its
+members are held against the limits of `app.drivers.qmp.checks`; whatever does not fit is a `MalformedReply`. Members
+that nobody uses are not looked at, so QEMU may add some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from app.core.errors import CANCELED
+from app.core.job import Progress
+from app.drivers.qmp.checks import (
+    Members,
+    Query,
+    Wrong,
+    any_integer,
+    boolean,
+    count,
+    list_of,
+    member,
+    members,
+    name,
+    only,
+    optional,
+    path,
+    positive,
+    text,
+    tree,
+)
+
+# Disks and nodes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """What is in a device (QAPI `BlockDeviceInfo`): its root node."""
+
+    node: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of query-block (QAPI `BlockInfo`). `backend` is empty for a node that `-blockdev` made."""
+
+    backend: str
+    qdev: str | None
+    medium: Medium | None
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Stats:
+    """A node of query-blockstats (QAPI `BlockStats`), for its place among the others.
+
+    `carrier` is the node of its file (QAPI `parent`), `backing` is the node below. Python compares and prints values
+    by recursion, for which a chain may be too long, so these are neither compared nor printed.
+    """
+
+    backend: str
+    qdev: str | None
+    node: str | None
+    carrier: Stats | None
+    backing: Stats | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of query-named-block-nodes (QAPI `BlockDeviceInfo`, and `ImageInfo` in it). Sizes are in bytes."""
+
+    name: str
+    driver: str
+    file: str
+    virtual_size: int
+    actual_size: int | None
+    cluster_size: int | None
+    backing: str | None
+    backing_format: str | None
+
+
+def _medium(value: object) -> Medium:
+    of = members(value)
+    return Medium(member(of, "node-name", name), member(of, "ro", boolean))
+
+
+def _device(value: object) -> Device:
+    of = members(value)
+    return Device(optional(of, "device", name) or "", optional(of, "qdev", path), optional(of, "inserted", _medium))
+
+
+def _node(value: object) -> Node:
+    of = members(value)
+    image = member(of, "image", members)
+    try:
+        virtual_size = member(image, "virtual-size", count)
+        actual_size = optional(image, "actual-size", count)
+        cluster_size = optional(image, "cluster-size", positive)
+        backing = optional(image, "backing-filename", path)
+        backing_format = optional(image, "backing-filename-format", name)
+    except Wrong as wrong:
+        wrong.places.append(".image")
+        raise
+    return Node(
+        member(of, "node-name", name),
+        member(of, "drv", name),
+        member(of, "file", path),
+        virtual_size,
+        actual_size,
+        cluster_size,
+        backing,
+        backing_format,
+    )
+
+
+_nodes = list_of(_node)
+
+
+def _nodes_by_name(value: object) -> Mapping[str, Node]:
+    return {node.name: node for node in _nodes(value)}
+
+
+def _stat(of: Members, below: Mapping[str, Stats]) -> Stats:
+    backend, qdev, node = optional(of, "device", name), optional(of, "qdev", path), optional(of, "node-name", name)
+    return Stats(backend or "", qdev, node, below.get("parent"), below.get("backing"))
+
+
+# Jobs ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job of query-jobs (QAPI `JobInfo`); `error` is QEMU's text for people."""
+
+    id: str
+    status: str
+    progress: Progress
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    """A job of query-block-jobs (QAPI `BlockJobInfo`); `speed` is in bytes/s."""
+
+    id: str
+    type: str
+    status: str
+    io_status: str
+    speed: int
+
+
+def _job(value: object) -> JobInfo:
+    of = members(value)
+    progress = Progress(current=member(of, "current-progress", count), end=member(of, "total-progress", count))
+    return JobInfo(member(of, "id", name), member(of, "status", name), progress, optional(of, "error", text))
+
+
+def _block_job(value: object) -> BlockJob:
+    of = members(value)
+    return BlockJob(
+        member(of, "device", name),
+        member(of, "type", name),
+        member(of, "status", name),
+        member(of, "io-status", name),
+        member(of, "speed", count),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GraphNode:
+    """A node, a backend or a job in the block graph (QAPI `XDbgBlockGraphNode`)."""
+
+    id: int
+    type: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphEdge:
+    """Who uses whom, by their ids, and as what (QAPI `XDbgBlockGraphEdge`)."""
+
+    parent: int
+    child: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGraph:
+    """The block graph (QAPI `XDbgBlockGraph`). `nodes` are by id, and each id in `edges` is that of one of them."""
+
+    nodes: Mapping[int, GraphNode]
+    edges: tuple[GraphEdge, ...]
+
+
+def _graph_node(value: object) -> GraphNode:
+    of = members(value)
+    # A backend without a name of its own goes by its device's QOM path.
+    return GraphNode(member(of, "id", any_integer), member(of, "type", name), member(of, "name", path))
+
+
+_graph_nodes = list_of(_graph_node)
+
+
+def _graph(value: object) -> BlockGraph:
+    of = members(value)
+    nodes = {node.id: node for node in member(of, "nodes", _graph_nodes)}
+
+    def known(value: object) -> int:
+        id_ = any_integer(value)
+        if id_ not in nodes:
+            raise Wrong("no node has this id")
+        return id_
+
+    def edge(value: object) -> GraphEdge:
+        of = members(value)
+        return GraphEdge(member(of, "parent", known), member(of, "child", known), member(of, "name", name))
+
+    return BlockGraph(nodes, member(of, "edges", list_of(edge)))
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of QEMU (QAPI `VersionTriple`)."""
+
+    major: int
+    minor: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+
+def _version(value: object) -> Version:
+    of = members(value)
+    return Version(member(of, "major", count), member(of, "minor", count), member(of, "micro", count))
+
+
+_names = list_of(only("name", name))
+
+
+def _commands(value: object) -> frozenset[str]:
+    return frozenset(_names(value))
+
+
+def _given_name(value: object) -> str | None:
+    return optional(members(value), "name", text)
+
+
+STATUS: Final = Query("query-status", only("running", boolean))
+"""Whether the guest's processors run."""
+
+DEVICES: Final = Query("query-block", list_of(_device))
+STATS: Final = Query("query-blockstats", list_of(tree(("parent", "backing"), _stat)))
+
+NODES: Final = Query("query-named-block-nodes", _nodes_by_name)
+"""All nodes by name."""
+
+JOBS: Final = Query("query-jobs", list_of(_job))
+BLOCK_JOBS: Final = Query("query-block-jobs", list_of(_block_job))
+GRAPH: Final = Query("x-debug-query-block-graph", _graph)
+
+GREETING: Final = Query("greeting", only("qemu", _version))
+"""The version in a greeting, which is what query-version returns (QAPI `VersionInfo`)."""
+
+COMMANDS: Final = Query("query-commands", _commands)
+
+NAME: Final = Query("query-name", _given_name)
+"""What `-name` says; None without it."""
+
+UUID: Final = Query("query-uuid", only("UUID", name))
+
+OBJECTS: Final = Query("qom-list", _names)
+"""The names of what is at a QOM path."""
+
+PROPERTY: Final = Query("qom-get", path)
+"""A property of QOM that is a string, as types and links are."""
+
+CHARDEVS: Final = Query("query-chardev", list_of(only("label", name)))
+MONITOR_TEXT: Final = Query("human-monitor-command", text)
+
+
+# Refusals and events -------------------------------------------------------------------------------------------------
+
+
+def refusal(command: str, error_class: object, desc: object) -> tuple[str, str]:
+    """The class and the text of QEMU's refusal of a command (QAPI `QapiErrorClass`); raises `MalformedReply`."""
+    return Query(f"{command}: error", _refusal).read({"class": error_class, "desc": desc})
+
+
+def _refusal(value: object) -> tuple[str, str]:
+    of = members(value)
+    return member(of, "class", name), member(of, "desc", text)
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """BLOCK_JOB_COMPLETED, or BLOCK_JOB_CANCELLED, which has no error of its own: it is QEMU's of a canceled job."""
+
+    id: str
+    progress: Progress
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatusChanged:
+    """JOB_STATUS_CHANGE."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEvent:
+    """An event of which no more than the name is used."""
+
+    name: str
+
+
+Event = JobEnded | JobStatusChanged | OtherEvent
+
+
+def event(event_name: object, data: object) -> Event:
+    """What an event says; raises `MalformedReply`."""
+    known = _EVENT_NAME.read(event_name)
+    query = _EVENTS.get(known)
+    return OtherEvent(known) if query is None else query.read(data)
+
+
+def _completed(value: object) -> JobEnded:
+    of = members(value)
+    return _ended(of, optional(of, "error", text))
+
+
+def _canceled(value: object) -> JobEnded:
+    return _ended(members(value), CANCELED)
+
+
+def _ended(of: Members, error: str | None) -> JobEnded:
+    progress = Progress(current=member(of, "offset", count), end=member(of, "len", count))
+    return JobEnded(member(of, "device", name), progress, error)
+
+
+def _status_changed(value: object) -> JobStatusChanged:
+    return JobStatusChanged(member(members(value), "status", name))
+
+
+_EVENT_NAME: Final = Query("event", name)
+_EVENTS: Final[Mapping[str, Query[JobEnded] | Query[JobStatusChanged]]] = {
+    "BLOCK_JOB_CANCELLED": Query("BLOCK_JOB_CANCELLED", _canceled),
+    "BLOCK_JOB_COMPLETED": Query("BLOCK_JOB_COMPLETED", _completed),
+    "JOB_STATUS_CHANGE": Query("JOB_STATUS_CHANGE", _status_changed),
+}

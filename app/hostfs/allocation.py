@@ -1,0 +1,139 @@
+"""How much room there is, and how much a merge takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from app.core.job import Process
+from app.core.plan import Selection
+from app.engine.ports.images import Measure
+from app.hostfs.process import as_seen_by, stat_of
+from app.hostfs.roots import Roots
+
+MAP_MAX: Final = 64 << 20
+"""Bytes of an image's map that are read; that of a larger image is estimated instead."""
+
+
+def free_bytes(path: str, process: Process | None) -> int | None:
+    """Free bytes of the file system that holds `path`; None where it can't be seen. May block."""
+    with suppress(OSError):
+        found = os.statvfs(as_seen_by(path, process))
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def is_device(path: str, process: Process | None) -> bool:
+    """Whether `path` is a block device, which does not grow. May block."""
+    with suppress(OSError):
+        return stat.S_ISBLK(stat_of(path, process).st_mode)
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuImg:
+    """The tool that reads images' maps; `timeout` is the most seconds that one may take."""
+
+    program: str
+    timeout: float
+
+    async def map(self, image: Mapping[str, object]) -> list[dict[str, Any]] | None:
+        """The map of an image that is described as QAPI `BlockdevOptions`; None where it can't be had in time."""
+        arguments = ("map", "-U", "--output=json", "json:" + json.dumps(image))
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self.program,
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        except OSError:
+            return None
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(self.timeout):
+                text = bytearray()
+                while chunk := await process.stdout.read(1 << 20):
+                    text += chunk
+                    if len(text) > MAP_MAX:
+                        return None
+                return json.loads(text) if await process.wait() == 0 else None
+        except (TimeoutError, json.JSONDecodeError):
+            return None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def measure(chosen: Selection, process: Process | None, roots: Roots, qemu_img: QemuImg) -> Measure | None:
+    """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
+    layers = chosen.disk.layers[chosen.top : chosen.base + 1]
+    paths = [as_seen_by(layer.file, process) for layer in layers]
+    readable = all(layer.file.startswith("/") for layer in layers)
+    if not readable or not await asyncio.to_thread(lambda: all(roots.allow(path) for path in paths)):
+        return None
+    described = [_described(layer.format, path) for layer, path in zip(layers, paths, strict=True)]
+    base_map = await qemu_img.map(_stacked(described[-1:]))
+    top_map = await qemu_img.map(_stacked(described))
+    if base_map is None or top_map is None:
+        return None
+    depth, cluster = len(layers) - 1, chosen.base_layer.cluster_size
+    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in base_map if entry["data"]]
+    copied = [
+        (entry["start"], entry["start"] + entry["length"])
+        for entry in top_map
+        if entry["depth"] < depth and entry.get("present", True)
+    ]
+    new = new_bytes(copied, taken, cluster)
+    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new)
+
+
+def _described(driver: str, path: str) -> dict[str, object]:
+    return {"driver": driver, "file": {"driver": "file", "filename": path, "locking": "off"}}
+
+
+def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:
+    """The layers as one image, each over the next, whatever their headers say; the last without a backing image."""
+    stack: dict[str, object] | None = None
+    for layer in reversed(described):
+        stack = layer | ({"backing": stack} if layer["driver"] != "raw" else {})
+    assert stack is not None
+    return stack
+
+
+def new_bytes(copied: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]], cluster: int) -> int:
+    """Bytes of those clusters of the base that `copied` touches and `taken` does not hold.
+
+    Both are byte ranges in rising order, as an image's map gives them.
+    """
+    held = _clusters(taken, cluster)
+    new, at = 0, 0
+    for start, end in _clusters(copied, cluster):
+        new += end - start
+        while at < len(held) and held[at][1] <= start:
+            at += 1
+        look = at
+        while look < len(held) and held[look][0] < end:
+            new -= min(end, held[look][1]) - max(start, held[look][0])
+            look += 1
+    return new
+
+
+def _clusters(ranges: Sequence[tuple[int, int]], cluster: int) -> list[tuple[int, int]]:
+    """The ranges, widened to whole clusters, those that meet made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in ranges:
+        first, last = start // cluster * cluster, -(-end // cluster) * cluster
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged

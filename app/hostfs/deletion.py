@@ -1,0 +1,74 @@
+"""Deleting image files, by the folder that is open, so that no path can lead elsewhere in between.
+
+All functions may block.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Mapping
+
+from app.core.chain import Identity
+from app.core.job import Process
+from app.hostfs.locks import is_locked
+from app.hostfs.process import open_folder
+from app.hostfs.roots import Roots
+
+
+def undeletable(files: Mapping[str, Identity | None], process: Process | None, roots: Roots) -> dict[str, str]:
+    """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""
+    found = ((path, _why_not(path, identity, process, roots)) for path, identity in files.items())
+    return {path: reason for path, reason in found if reason is not None}
+
+
+def unlink(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:
+    """Unlink one file for good; None, or why it was left. One that is gone already counts as deleted."""
+    name = posixpath.basename(path)
+    try:
+        folder = open_folder(path, process)
+    except OSError as error:
+        return f"its folder can't be opened: {error.strerror}"
+    try:
+        if name not in os.listdir(folder):  # noqa: PTH208 - a folder that is open has no path
+            return None
+        # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
+        if (reason := _why_not_in(folder, name, identity, roots)) is not None:
+            return reason
+        if is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
+            return "another process has it open"
+        os.unlink(name, dir_fd=folder)
+        os.fsync(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        os.close(folder)
+    return None
+
+
+def _why_not(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:
+    if not path.startswith("/"):
+        return "not a file"
+    try:
+        folder = open_folder(path, process)
+    except OSError as error:
+        return f"can't be seen by the service: {error.strerror}"
+    try:
+        return _why_not_in(folder, posixpath.basename(path), identity, roots)
+    finally:
+        os.close(folder)
+
+
+def _why_not_in(folder: int, name: str, identity: Identity | None, roots: Roots) -> str | None:
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError as error:
+        return f"can't be seen by the service: {error.strerror}"
+    if stat.S_ISLNK(found.st_mode):
+        return "a symbolic link; the image behind it may have other names"
+    if not stat.S_ISREG(found.st_mode):
+        return "not a regular file"
+    if not roots.hold(folder):
+        return "outside image_roots"
+    return None if (found.st_dev, found.st_ino) == identity else "not the file that QEMU has opened under this name"

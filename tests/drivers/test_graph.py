@@ -1,0 +1,110 @@
+"""Disks and what jobs work on, from replies of which some are no QEMU's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from app.core.adopt import OrphanJob
+from app.core.chain import Disk
+from app.drivers.qmp import graph, replies
+from app.drivers.qmp.replies import BlockGraph, GraphEdge, GraphNode
+
+REPLIES: Final[dict[str, Any]] = json.loads(Path(__file__).with_name("qemu-7.2.json").read_text())["replies"]
+NODES: Final = replies.NODES.read(REPLIES["query-named-block-nodes"])
+JOB: Final = replies.BlockJob(id="bj-9", type="commit", status="running", io_status="ok", speed=0)
+
+
+@pytest.fixture
+def disks() -> tuple[Disk, ...]:
+    """The recorded disk n2 over n1 over n0, and a drive without a medium."""
+    return graph.read_disks(
+        devices=replies.DEVICES.read(REPLIES["query-block"]),
+        stats=replies.STATS.read(REPLIES["query-blockstats"]),
+        nodes=NODES,
+        graph=None,
+        prefixes={},
+        folder=None,
+    )
+
+
+def orphan(disks: tuple[Disk, ...], *edges: tuple[str, str, str]) -> OrphanJob | None:
+    """What the job works on by a graph of these edges, each a parent, its child and what the child is to it."""
+    ids = {name: number for number, name in enumerate({name for edge in edges for name in edge[:2]})}
+    return graph.read_orphan(
+        JOB,
+        disks=disks,
+        nodes=NODES,
+        graph=BlockGraph(
+            nodes={id_: GraphNode(id=id_, type="block-driver", name=name) for name, id_ in ids.items()},
+            edges=tuple(GraphEdge(parent=ids[parent], child=ids[child], name=name) for parent, child, name in edges),
+        ),
+        folder=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("qdev", "id_"),
+    [
+        (None, None),
+        ("virtio0", "virtio0"),
+        ("/machine/peripheral/virtio0/virtio-backend", "virtio0"),
+        ("/machine/peripheral/virtio0", "virtio0"),
+        ("/machine/peripheral-anon/device[0]", None),
+        ("/machine/peripheral", None),
+        ("/machine", None),
+        ("/", None),
+    ],
+)
+def test_device_id(qdev: str | None, id_: str | None) -> None:
+    """A device's id stands in its QOM path, if it has one; any path is understood."""
+    assert graph.device_id(qdev) == id_
+
+
+def test_job_with_its_layers(disks: tuple[Disk, ...]) -> None:
+    """A job works on the layers that it holds, above the base that it holds."""
+    found = orphan(disks, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"))
+    assert found == OrphanJob(disk=disks[0], top=1, base=2, bandwidth=0)
+    assert orphan(disks, ("bj-9", "n0", "target"), ("bj-9", "n2", "source")) == OrphanJob(
+        disk=disks[0], top=0, base=2, bandwidth=0
+    )
+
+
+def test_job_whose_layers_are_merged(disks: tuple[Disk, ...]) -> None:
+    """Layers that are in no chain any more are put back above the base, with the files that carry them."""
+    short = tuple(disk_without(disk, "n1") for disk in disks)
+    found = orphan(
+        short, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"), ("n1", "fn1", "file"), ("n2", "fn2", "file")
+    )
+    assert found is not None
+    assert (found.disk.nodes, found.top, found.base) == (("n2", "n1", "n0"), 1, 2)
+    assert (found.disk.layers[1].file, found.disk.layers[1].below) == ("/images/l1.qcow2", ("fn1",))
+
+
+def disk_without(disk: Disk, node: str) -> Disk:
+    """The disk, of which a layer has gone."""
+    layers = tuple(layer for layer in disk.layers if layer.node != node)
+    return Disk(name=disk.name, node=disk.node, qdev=disk.qdev, layers=layers)
+
+
+def test_jobs_that_cannot_be_told(disks: tuple[Disk, ...]) -> None:
+    """A job without layers, with unknown layers, or with the base above them, is not told; a filter is no layer."""
+    base = ("bj-9", "n0", "base")
+    assert orphan(disks, ("other", "n0", "base")) is None
+    assert orphan(disks, base) is None
+    assert orphan(disks, base, ("bj-9", "throttle", "intermediate node")) is None
+    assert orphan(disks, base, ("bj-9", "none", "intermediate node")) is None
+    assert orphan(disks, ("bj-9", "n1", "base"), ("bj-9", "n0", "intermediate node")) is None
+    assert orphan(disks, ("bj-9", "n1", "base"), ("bj-9", "n1", "intermediate node")) is None
+
+
+def test_files_that_carry_each_other(disks: tuple[Disk, ...]) -> None:
+    """Files that go round in a circle keep nobody busy."""
+    short = tuple(disk_without(disk, "n1") for disk in disks)
+    circle = [("n1", "fn1", "file"), ("fn1", "n1", "file")]
+    found = orphan(short, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"), *circle)
+    assert found is not None
+    assert len(found.disk.layers[1].below) == len(circle)
