@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import pytest
 
+from tests.support.chains import Chain, ChainSpec, Templates
 from tests.support.qemu import Qemu
 from tests.support.service import Service
 
 _NUMBERS = itertools.count(1)
+
+NewChain: TypeAlias = Callable[[Path], Chain]
+"""`new_chain(folder)` makes the folder, and in it a chain as the marker `chain` describes it."""
 
 
 class Boot(Protocol):
@@ -42,6 +47,35 @@ def folder(tmp_path: Path) -> Path:
 def domain() -> str:
     """An id that no other test uses."""
     return f"vm{next(_NUMBERS)}"
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Templates:
+    """The chains that tests copy, built once in each worker process."""
+    return Templates(tmp_path_factory.mktemp("templates"))
+
+
+def chain_spec(node: pytest.Item | pytest.Collector) -> ChainSpec:
+    """The arguments of the marker `chain` on a test or on its module; the test's marker replaces the module's.
+
+    Raises LookupError where there is no marker, and TypeError for an argument that `ChainSpec` does not have.
+    """
+    mark = node.get_closest_marker("chain")
+    if mark is None:
+        raise LookupError(f"{node.nodeid} needs the marker `chain`")
+    return ChainSpec(*mark.args, **mark.kwargs)
+
+
+@pytest.fixture
+def new_chain(templates: Templates, request: pytest.FixtureRequest) -> NewChain:
+    """Makes chains as the marker `chain` describes them, for a test that needs several chains."""
+    return partial(templates.copy, chain_spec(request.node))
+
+
+@pytest.fixture
+def chain(new_chain: NewChain, folder: Path, request: pytest.FixtureRequest) -> Chain:
+    """The test's own chain, as the marker `chain` describes it; layers are numbered from the base (0) upwards."""
+    return new_chain(folder / chain_spec(request.node).folder)
 
 
 @pytest.fixture

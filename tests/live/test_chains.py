@@ -15,14 +15,13 @@ from tests.support.chains import (
     Chain,
     blockdev,
     build_chain,
-    copy_chain,
     drive,
     explicit_nodes,
     header_backing,
 )
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3)]
 
 
 def small(folder: Path, prefix: str) -> Chain:
@@ -240,15 +239,8 @@ def test_the_digest_is_of_the_chain_not_of_the_process(service: Service, boot: B
 # Names that lead to a disk -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3)
-
-
-def test_every_name_of_a_disk(service: Service, boot: Boot, domain: str, template: Chain, folder: Path) -> None:
+def test_every_name_of_a_disk(service: Service, boot: Boot, domain: str, chain: Chain, folder: Path) -> None:
     """Target name, qdev id, drive id, node-name of the root, and the path of any of its images lead to a disk."""
-    chain = copy_chain(template, folder)
     other = small(folder, "other")
     boot([*attached(chain, "a", "virtio-blk-pci"), *attached(other, "b", "virtio-blk-pci")])
     expected = service.disk(domain, "vda")
@@ -261,17 +253,16 @@ def test_every_name_of_a_disk(service: Service, boot: Boot, domain: str, templat
 
 
 @pytest.mark.parametrize("name", ["vdb", "l2.qcow2", "/no/such/image.qcow2", "vda[0]", "VDA"])
-def test_no_such_disk(service: Service, boot: Boot, domain: str, template: Chain, folder: Path, *, name: str) -> None:
+def test_no_such_disk(service: Service, boot: Boot, domain: str, chain: Chain, *, name: str) -> None:
     """A name that no disk has is answered with 404, and with those there are."""
-    boot(blockdev(copy_chain(template, folder)))
+    boot(blockdev(chain))
     answer = service.client.get(f"/domains/{domain}/disks/{quote(name, safe='')}")
     assert (answer.status_code, answer.json()["code"]) == (404, "disk-not-found")
     assert "vda" in answer.json()["detail"]
 
 
-def test_a_merge_by_any_name(service: Service, boot: Boot, domain: str, template: Chain, folder: Path) -> None:
+def test_a_merge_by_any_name(service: Service, boot: Boot, domain: str, chain: Chain) -> None:
     """A merge takes each name of the disk; the job says the target name."""
-    chain = copy_chain(template, folder)
     boot(attached(chain, "a", "virtio-blk-pci"))
     names: list[Any] = ["vda", "dev-a", "drive-a", quote(str(chain.images[1]), safe="")]
     for name in names:

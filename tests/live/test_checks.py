@@ -25,7 +25,6 @@ from tests.support.chains import (
     Chain,
     blockdev,
     build_chain,
-    copy_chain,
     drive,
     explicit_nodes,
     fill,
@@ -34,24 +33,12 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=4)]
 
 NOWHERE = "/no/such/image.qcow2"
 BAD_BODY: JSON = {"base": 7}
 SHALLOW_BASE: JSON = {"flags": ["shallow"], "base": NOWHERE}
 BAD_TOP: JSON = {"top": NOWHERE}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Four layers with relative headers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 4)
-
-
-@pytest.fixture
-def chain(template: Chain, folder: Path) -> Chain:
-    """Four layers, numbered from the base (0) to the active layer (3)."""
-    return copy_chain(template, folder)
 
 
 def ask(

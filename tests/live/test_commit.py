@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from app.core.flags import CommitFlag, flag_names
-from tests.live.conftest import Boot
+from tests.live.conftest import Boot, chain_spec
 from tests.support.chains import (
     CLUSTER,
     MIB,
     Chain,
+    Templates,
     assert_same,
     blockdev,
     build_chain,
-    copy_chain,
     drive_with_id,
     explicit_nodes,
     header_backing,
@@ -29,23 +29,12 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
-
 LAYERS = 5
+
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=LAYERS)]
+
 PAIRS = [(base, top) for top in range(1, LAYERS) for base in range(top)]
 DEVICE = ["-device", "virtio-blk-pci,id=virtio0,drive="]
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Five layers with relative headers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), LAYERS)
-
-
-@pytest.fixture
-def chain(template: Chain, folder: Path) -> Chain:
-    """Five layers, numbered from the base (0) to the active layer (4)."""
-    return copy_chain(template, folder)
 
 
 def top_only(chain: Chain) -> list[str]:
@@ -280,10 +269,12 @@ def test_bitmask_equals_names(service: Service, bitmask_domain: str, *, mask: in
 
 
 @pytest.fixture(scope="module")
-def bitmask_domain(service: Service, template: Chain, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def bitmask_domain(
+    service: Service, templates: Templates, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Any:
     """A domain for questions that change nothing."""
     folder = tmp_path_factory.mktemp("bitmask")
-    with Qemu(folder / "bitmask.qmp", blockdev(copy_chain(template, folder))) as qemu:
+    with Qemu(folder / "bitmask.qmp", blockdev(templates.copy(chain_spec(request.node), folder))) as qemu:
         service.client.put("/domains/bitmask", json={"qmp": {"unix": str(qemu.monitor)}})
         service.wait_for_domain("bitmask")
         yield "bitmask"

@@ -12,11 +12,11 @@ from typing import Final
 import httpx
 import pytest
 
-from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, build_chain, copy_chain, read_image
+from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, read_image
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3, size=2 * MIB, data=16 * CLUSTER)]
 
 NUMBERS = itertools.count(1)
 BUILD = ("tests.support.crashing",)
@@ -107,18 +107,6 @@ class Mortal(Service):
         assert self.process is not None
         assert self.process.wait(30) == -9
         self.process = None
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3, size=2 * MIB, data=16 * CLUSTER)
-
-
-@pytest.fixture
-def chain(template: Chain, tmp_path: Path) -> Chain:
-    """Three layers, numbered from the base (0) to the active layer (2)."""
-    return copy_chain(template, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.chains import MIB, Chain, blockdev, build_chain, copy_chain
+from tests.live.conftest import NewChain, chain_spec
+from tests.support.chains import MIB, Chain, Templates, blockdev, build_chain
 from tests.support.qemu import Qemu
 from tests.support.service import ENDED, JSON, Service, sse
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=5)]
 
 INTERMEDIATE = ["job.queued", "job.started", "job.completed"]
 ACTIVE = ["job.queued", "job.started", "job.ready", "job.pivoting", "job.completed"]
@@ -33,17 +34,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Five layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 5)
-
-
 @contextmanager
-def machine(service: Service, template: Chain, folder: Path, name: str) -> Generator[Qemu]:
-    """A QEMU with five layers that the service has found; at the end all has been told of it."""
-    (folder / name).mkdir()
-    chain = copy_chain(template, folder / name)
+def machine(service: Service, chain: Chain, name: str) -> Generator[Qemu]:
+    """A QEMU with the chain, which the service has found; at the end all has been told of it."""
     before = last_id(service)
     with Qemu(service.qmp_dir / f"{name}.qmp", blockdev(chain)) as qemu:
         wait_until_told(service, "domain.connected", name, before)
@@ -58,10 +51,10 @@ def wait_until_told(service: Service, type_: str, domain: str, after: int) -> No
 
 
 @pytest.fixture
-def vm(host: Service, template: Chain, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def vm(host: Service, chain: Chain, request: pytest.FixtureRequest) -> Iterator[str]:
     """A domain with five layers; its name."""
     name = f"vm{abs(hash(request.node.nodeid)) % 10**9}"
-    with machine(host, template, tmp_path, name):
+    with machine(host, chain, name):
         yield name
 
 
@@ -113,9 +106,10 @@ def test_aborted_and_refused_jobs_tell_their_end(host: Service, vm: str) -> None
         assert types(list(stored(stream))) == [*ACTIVE[:3], "job.aborting", "job.canceled"]
 
 
-def test_streams_by_what_they_are_of(host: Service, template: Chain, tmp_path: Path) -> None:
+def test_streams_by_what_they_are_of(host: Service, new_chain: NewChain, tmp_path: Path) -> None:
     """/events tells of everything, a domain's stream of the domain and its jobs, a job's of the job alone."""
-    with machine(host, template, tmp_path, "left"), machine(host, template, tmp_path, "right"):
+    one_chain, other_chain = new_chain(tmp_path / "left"), new_chain(tmp_path / "right")
+    with machine(host, one_chain, "left"), machine(host, other_chain, "right"):
         with (
             sse(host.client, "/events") as everything,
             sse(host.client, "/domains/left/events") as left,
@@ -136,10 +130,10 @@ def test_streams_by_what_they_are_of(host: Service, template: Chain, tmp_path: P
             assert own == [event for event in seen if event["data"]["data"]["id"] == job["id"]]
 
 
-def test_what_a_domain_tells(host: Service, template: Chain, tmp_path: Path) -> None:
+def test_what_a_domain_tells(host: Service, chain: Chain) -> None:
     """A domain tells that it came, that it can be reached, that it can't any more, and that it went."""
     after = last_id(host)
-    with machine(host, template, tmp_path, "teller") as qemu:
+    with machine(host, chain, "teller") as qemu:
         qemu.kill()
         host.wait_for_domain("teller", "unreachable")
     with sse(host.client, f"/events?after={after}") as stream:
@@ -221,9 +215,12 @@ def test_filters_by_type(host: Service, vm: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def known(host: Service, template: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def known(
+    host: Service, templates: Templates, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[str, str]]:
     """A domain, and a job of it that has ended."""
-    with machine(host, template, tmp_path_factory.mktemp("known"), "known"):
+    chain = templates.copy(chain_spec(request.node), tmp_path_factory.mktemp("known"))
+    with machine(host, chain, "known"):
         yield "known", merged(host, "known", top="vda[3]")["id"]
 
 
@@ -326,10 +323,10 @@ def test_one_that_does_not_read(host: Service) -> None:
         file.close()
 
 
-def test_shutdown_ends_every_stream(template: Chain, tmp_path: Path) -> None:
+def test_shutdown_ends_every_stream(chain: Chain, tmp_path: Path) -> None:
     """At SIGTERM all streams end as whole answers, and the service exits with 0 soon, whoever does not read."""
     with Service(tmp_path / "service") as service, ExitStack() as stack:
-        stack.enter_context(machine_that_stays(service, template, tmp_path))
+        stack.enter_context(machine_that_stays(service, chain))
         job = service.started("vm", flags=["active"])
         service.wait_for_job(job["id"], "ready")
         stack.enter_context(deaf(service, "/events"))
@@ -347,9 +344,8 @@ def test_shutdown_ends_every_stream(template: Chain, tmp_path: Path) -> None:
 
 
 @contextmanager
-def machine_that_stays(service: Service, template: Chain, folder: Path) -> Generator[Qemu]:
+def machine_that_stays(service: Service, chain: Chain) -> Generator[Qemu]:
     """A QEMU that outlives the service."""
-    chain = copy_chain(template, folder)
     with Qemu(service.qmp_dir / "vm.qmp", blockdev(chain)) as qemu:
         wait_until_told(service, "domain.connected", "vm", 0)
         yield qemu

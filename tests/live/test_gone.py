@@ -17,11 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, build_chain, copy_chain, read_image
+from tests.live.conftest import NewChain
+from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, read_image
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=5, size=8 * MIB, data=64 * CLUSTER, folder="images")]
 
 NUMBERS = itertools.count(1)
 INNER: JSON = {"top": "vda[1]", "base": "vda[4]"}
@@ -29,27 +30,10 @@ CRAWL: JSON = INNER | {"bandwidth": 4096, "flags": ["bandwidth_bytes", "delete"]
 """A merge below the active layer that takes its first bite and then sits there for minutes."""
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Five layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 5, size=8 * MIB, data=64 * CLUSTER)
-
-
 @pytest.fixture
-def chain(template: Chain, tmp_path: Path) -> Chain:
-    """Five layers, numbered from the base (0) to the active layer (4)."""
-    return copied(template, tmp_path / "images")
-
-
-@pytest.fixture
-def second_chain(template: Chain, tmp_path: Path) -> Chain:
-    """The same, for another QEMU."""
-    return copied(template, tmp_path / "other")
-
-
-def copied(chain: Chain, folder: Path) -> Chain:
-    folder.mkdir(parents=True)
-    return copy_chain(chain, folder)
+def second_chain(new_chain: NewChain, tmp_path: Path) -> Chain:
+    """The same as `chain`, for another QEMU."""
+    return new_chain(tmp_path / "other")
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain, read_image, slow_down
+from tests.support.chains import CLUSTER, MIB, Chain, blockdev, read_image, slow_down
 from tests.support.guest import BLOCKS, Guest, assert_moment
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=4, size=8 * MIB, data=96 * CLUSTER)]
 
 ACTIVE: JSON = {"flags": ["active"]}
 KINDS: dict[str, JSON] = {
@@ -32,12 +32,6 @@ CRAWL = 4 * CLUSTER
 """Bytes/s at which no merge of these chains ends before it is told to hurry."""
 
 NUMBERS = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Four layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 4, size=8 * MIB, data=96 * CLUSTER)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +132,9 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 @contextmanager
-def scene(service: Service, template: Chain, folder: Path) -> Generator[Scene]:
+def scene(service: Service, chain: Chain, folder: Path) -> Generator[Scene]:
     """A guest that has written all its blocks at least once."""
-    guest, chain, name = Guest(folder), copy_chain(template, folder), f"vm{next(NUMBERS)}"
+    guest, name = Guest(folder), f"vm{next(NUMBERS)}"
     arguments = [*blockdev(chain, slow_base=True), *guest.arguments()]
     with Qemu(service.qmp_dir / f"{name}.qmp", arguments, run=True) as qemu:
         service.wait_for_domain(name)
@@ -149,9 +143,9 @@ def scene(service: Service, template: Chain, folder: Path) -> Generator[Scene]:
         yield there
 
 
-def test_every_kind_of_merge(running: Service, template: Chain, tmp_path: Path) -> None:
+def test_every_kind_of_merge(running: Service, chain: Chain, tmp_path: Path) -> None:
     """A disk's layers are merged, the rest is aborted, copied and pivoted, and the guest never loses a write."""
-    with scene(running, template, tmp_path) as there:
+    with scene(running, chain, tmp_path) as there:
         for kind in KINDS:
             job = there.crawling(kind)
             before = there.more(1)
@@ -164,9 +158,9 @@ def test_every_kind_of_merge(running: Service, template: Chain, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_service_is_killed(running: Service, template: Chain, tmp_path: Path, kind: str) -> None:
+def test_the_service_is_killed(running: Service, chain: Chain, tmp_path: Path, kind: str) -> None:
     """Killed in the midst of a job, and again when it has just been told how to end it, the service ends it right."""
-    with scene(running, template, tmp_path) as there:
+    with scene(running, chain, tmp_path) as there:
         job = there.crawling(kind)
         there.kill_service()
         assert running.job(job["id"])["state"] == "running"

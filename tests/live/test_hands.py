@@ -17,8 +17,6 @@ from tests.support.chains import (
     Chain,
     assert_same,
     blockdev,
-    build_chain,
-    copy_chain,
     drive_with_id,
     read_image,
     write_guest,
@@ -26,21 +24,9 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu, QmpError
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=4, size=8 * MIB, data=64 * CLUSTER)]
 
 CRAWL: JSON = {"bandwidth": 4096, "flags": ["bandwidth_bytes"], "top": "vda[1]"}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Four layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 4, size=8 * MIB, data=64 * CLUSTER)
-
-
-@pytest.fixture
-def chain(template: Chain, folder: Path) -> Chain:
-    """Four layers, numbered from the base (0) to the active layer (3)."""
-    return copy_chain(template, folder)
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

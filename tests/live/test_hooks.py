@@ -21,12 +21,12 @@ from standardwebhooks.webhooks import Webhook
 
 from app.core.outgoing import new_secret
 from tests.live.conftest import Boot
-from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
+from tests.support.chains import CLUSTER, MIB, Chain, blockdev
 from tests.support.qemu import Qemu
 from tests.support.receiver import Receiver
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3, size=2 * MIB, data=16 * CLUSTER)]
 
 NUMBERS = itertools.count(1)
 SECRET = "It's a Secret to Everybody"
@@ -87,18 +87,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, hooks: Mapping[str, JSON])
         yield running
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3, size=2 * MIB, data=16 * CLUSTER)
-
-
 @pytest.fixture
-def chain(template: Chain, folder: Path, boot: Boot) -> Chain:
-    """The layers of the domain of all hooks."""
-    chain = copy_chain(template, folder)
-    boot(blockdev(chain), name="ci")
-    return chain
+def ci(boot: Boot, chain: Chain) -> Qemu:
+    """The QEMU of the domain of all hooks."""
+    return boot(blockdev(chain), name="ci")
 
 
 def new_id() -> str:
@@ -148,6 +140,7 @@ def jobs_of(service: Service) -> list[JSON]:
     return service.client.get("/jobs", params={"domain": "ci"}).json()["items"]
 
 
+@pytest.mark.usefixtures("ci")
 @pytest.mark.parametrize("hook", PAYLOADS)
 def test_a_signed_delivery_starts_one_commit(service: Service, chain: Chain, hook: str) -> None:
     """Sent twice, it gets the first answer again; and its job is the hook's."""
@@ -165,7 +158,7 @@ def test_a_signed_delivery_starts_one_commit(service: Service, chain: Chain, hoo
     assert len(jobs_of(service)) == before + 1
 
 
-@pytest.mark.usefixtures("chain")
+@pytest.mark.usefixtures("ci")
 def test_what_does_not_match_is_ignored(service: Service) -> None:
     """It is told why, and nothing is started."""
     before = jobs_of(service)
@@ -181,7 +174,7 @@ def test_what_does_not_match_is_ignored(service: Service) -> None:
     assert jobs_of(service) == before
 
 
-@pytest.mark.usefixtures("chain")
+@pytest.mark.usefixtures("ci")
 @pytest.mark.parametrize("hook", PAYLOADS)
 def test_what_is_not_genuine_is_refused(service: Service, hook: str) -> None:
     """Another body, another signature, none at all."""
@@ -199,7 +192,7 @@ def test_what_is_not_genuine_is_refused(service: Service, hook: str) -> None:
     assert jobs_of(service) == before
 
 
-@pytest.mark.usefixtures("chain")
+@pytest.mark.usefixtures("ci")
 def test_an_old_delivery_is_refused(service: Service) -> None:
     """More than five minutes on either side of the service's clock."""
     for off in (-302, 302):
@@ -207,7 +200,7 @@ def test_an_old_delivery_is_refused(service: Service) -> None:
         assert "300 s away" in refused(answer, 401, "signature-invalid")
 
 
-@pytest.mark.usefixtures("chain")
+@pytest.mark.usefixtures("ci")
 def test_bad_deliveries(service: Service) -> None:
     """Each is answered with a problem document; nothing is read of what nobody has signed."""
     before = jobs_of(service)
@@ -307,13 +300,10 @@ def test_a_hook_that_can_not_be_served(hooks: Mapping[str, JSON], tmp_path: Path
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_from_a_pipeline_to_its_receiver(tmp_path: Path, template: Chain) -> None:
+def test_from_a_pipeline_to_its_receiver(tmp_path: Path, chain: Chain) -> None:
     """GitHub's delivery starts a merge with pivot; the callback tells a receiver how it went, signed."""
     secret, signing = tmp_path / "ci.secret", new_secret(b"b" * 32)
     secret.write_text(SECRET)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    chain = copy_chain(template, folder)
     with Receiver(tmp_path / "receiver") as receiver:
         config = tmp_path / "blockjobd.toml"
         config.write_text(f"""

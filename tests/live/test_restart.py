@@ -13,14 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.live.conftest import NewChain
 from tests.support.chains import (
     CLUSTER,
     MIB,
     Chain,
     assert_same,
     blockdev,
-    build_chain,
-    copy_chain,
     drive_with_id,
     header_backing,
     read_image,
@@ -29,7 +28,7 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu, QmpError
 from tests.support.service import ENDED, JSON, Service, sse
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=5, size=8 * MIB, data=64 * CLUSTER)]
 
 CRAWL: JSON = {"bandwidth": 4096, "flags": ["bandwidth_bytes"]}
 """A speed at which a job takes its first bite and then sits there for minutes."""
@@ -37,18 +36,6 @@ MIDDLE: JSON = {"top": "vda[1]", "base": "vda[4]"}
 NUMBERS = itertools.count(1)
 ACTIVE: JSON = {"flags": ["active"]}
 WHOLE = ["job.queued", "job.started", "job.ready", "job.pivoting", "job.completed"]
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Five layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 5, size=8 * MIB, data=64 * CLUSTER)
-
-
-@pytest.fixture
-def chain(template: Chain, tmp_path: Path) -> Chain:
-    """Five layers, numbered from the base (0) to the active layer (4)."""
-    return copy_chain(template, tmp_path)
 
 
 class Own(Service):
@@ -209,9 +196,9 @@ def test_events_without_a_seam(own: Own, chain: Chain, kind: str, how: str) -> N
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_queued_job_stays_queued(own: Own, chain: Chain, template: Chain, tmp_path: Path, how: str) -> None:
+def test_a_queued_job_stays_queued(own: Own, chain: Chain, new_chain: NewChain, tmp_path: Path, how: str) -> None:
     """A job that waits for its turn still waits after a restart, and has its turn when the other one has ended."""
-    other = copy_chain(template, make(tmp_path / "other"))
+    other = new_chain(tmp_path / "other")
     with machine(own, chain) as qemu, machine(own, other, f"{own.vm}-other") as second:
         first = crawling(own)
         waiting = own.started(f"{own.vm}-other", **ACTIVE, on_ready="pivot")
@@ -230,14 +217,9 @@ def test_a_queued_job_stays_queued(own: Own, chain: Chain, template: Chain, tmp_
         assert_content(second, other.images[0], other.view)
 
 
-def make(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_a_queued_job_whose_chain_has_changed(own: Own, chain: Chain, template: Chain, tmp_path: Path) -> None:
+def test_a_queued_job_whose_chain_has_changed(own: Own, chain: Chain, new_chain: NewChain, tmp_path: Path) -> None:
     """A job that waited over a restart is not started on another chain than the one it was accepted for."""
-    other = copy_chain(template, make(tmp_path / "other"))
+    other = new_chain(tmp_path / "other")
     with machine(own, chain) as qemu, machine(own, other, f"{own.vm}-other") as second:
         first = crawling(own)
         waiting = own.started(f"{own.vm}-other", **ACTIVE, on_ready="pivot")
@@ -258,9 +240,9 @@ def test_a_queued_job_whose_chain_has_changed(own: Own, chain: Chain, template: 
         assert_content(qemu, chain.active, chain.view)
 
 
-def test_a_queued_job_whose_qemu_has_ended(own: Own, chain: Chain, template: Chain, tmp_path: Path) -> None:
+def test_a_queued_job_whose_qemu_has_ended(own: Own, chain: Chain, new_chain: NewChain, tmp_path: Path) -> None:
     """A job that waits ends with its QEMU, also if nobody was there to see it."""
-    other = copy_chain(template, make(tmp_path / "other"))
+    other = new_chain(tmp_path / "other")
     with machine(own, chain), machine(own, other, f"{own.vm}-other") as second:
         first = crawling(own)
         waiting = own.started(f"{own.vm}-other", **ACTIVE)

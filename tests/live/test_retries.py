@@ -13,27 +13,15 @@ import httpx
 import pytest
 
 from tests.live.conftest import Boot
-from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
+from tests.support.chains import CLUSTER, MIB, Chain, blockdev
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3, size=2 * MIB, data=16 * CLUSTER)]
 
 KEYS = itertools.count(1)
 BODY: JSON = {"top": "vda[1]"}
 AT_ONCE = 50
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3, size=2 * MIB, data=16 * CLUSTER)
-
-
-@pytest.fixture
-def chain(template: Chain, folder: Path) -> Chain:
-    """Three layers, numbered from the base (0) to the active layer (2)."""
-    return copy_chain(template, folder)
 
 
 @pytest.fixture

@@ -13,19 +13,16 @@ import httpx
 import pytest
 
 from tests.live.conftest import Boot
-from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, build_chain, read_image
+from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, read_image
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.chain(layers=4, size=8 * MIB, data=32 * CLUSTER, absolute=True, folder="images"),
+]
 
 CRAWL: JSON = {"bandwidth": 4096, "flags": ["bandwidth_bytes", "delete"], "top": "vda[1]"}
 WAYS = ["symlink", "hard link", "dots", "bind mount"]
-
-
-@pytest.fixture
-def chain(folder: Path) -> Chain:
-    """Four layers, numbered from the base (0) to the active layer (3), with absolute headers."""
-    return build_chain(folder / "images", 4, size=8 * MIB, data=32 * CLUSTER, absolute=True)
 
 
 @pytest.fixture

@@ -14,16 +14,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.live.conftest import Boot
+from tests.live.conftest import Boot, NewChain
 from tests.support.chains import (
     CLUSTER,
     MIB,
     Chain,
     assert_same,
     blockdev,
-    build_chain,
-    copy_chain,
     fill,
+    name_backing,
     read_image,
     slow_down,
     small_file_system,
@@ -32,7 +31,7 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3, size=8 * MIB, data=48 * CLUSTER)]
 
 ACTIVE: JSON = {"flags": ["active"]}
 KINDS: dict[str, JSON] = {"intermediate": {"top": "vda[1]"}, "active": ACTIVE}
@@ -53,30 +52,18 @@ def place(folder: Path) -> Iterator[Path]:
         yield small
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3, size=8 * MIB, data=48 * CLUSTER)
-
-
 @pytest.fixture
-def chain(template: Chain, folder: Path, place: Path) -> Chain:
-    """Three layers; the base alone is on the small file system, so that the guest can always write."""
-    chain = copy_chain(template, folder)
-    move_base(chain, place)
+def small_base(chain: Chain, place: Path) -> Chain:
+    """The test's `chain`; its base alone is moved to the small file system, so that the guest can always write."""
+    chain.images[0] = Path(shutil.move(chain.images[0], place))
+    name_backing(chain.images[1], chain.images[0])
     return chain
 
 
-def move_base(chain: Chain, place: Path) -> None:
-    chain.images[0] = Path(shutil.move(chain.images[0], place))
-    header = ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", str(chain.images[0]), "-F", "qcow2"]
-    subprocess.run([*header, str(chain.images[1])], check=True)
-
-
 @pytest.fixture
-def qemu(boot: Boot, chain: Chain) -> Qemu:
-    """The QEMU of the test's `domain` with `chain`; its base can be slowed down."""
-    return boot(blockdev(chain, slow_base=True))
+def qemu(boot: Boot, small_base: Chain) -> Qemu:
+    """The QEMU of the test's `domain` with `small_base`; the base can be slowed down."""
+    return boot(blockdev(small_base, slow_base=True))
 
 
 def post(service: Service, job: JSON, verb: str) -> httpx.Response:
@@ -287,6 +274,7 @@ def test_an_end_without_space(
     assert_merged(service, domain, qemu, chain, view=view, kind="active")
 
 
+@pytest.mark.usefixtures("small_base")
 @pytest.mark.parametrize("on_error", ["stop", "enospc"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_io_error(service: Service, boot: Boot, domain: str, chain: Chain, *, kind: str, on_error: str) -> None:
@@ -326,13 +314,11 @@ def cramped(folder: Path, place: Path) -> Iterator[Service]:
 
 
 @contextmanager
-def opened(service: Service, folder: Path, template: Chain, name: str) -> Generator[tuple[Qemu, Chain]]:
-    """A QEMU with a chain of its own that the service knows under that name."""
-    (folder / name).mkdir()
-    chain = copy_chain(template, folder / name)
+def opened(service: Service, chain: Chain, name: str) -> Generator[Qemu]:
+    """A QEMU with the chain that the service knows under that name."""
     with Qemu(service.qmp_dir / f"{name}.qmp", blockdev(chain)) as qemu:
         service.wait_for_domain(name)
-        yield qemu, chain
+        yield qemu
 
 
 def no_room(service: Service, place: Path) -> Path:
@@ -383,13 +369,16 @@ def assert_sound(service: Service) -> None:
 
 
 @pytest.mark.parametrize("meanwhile", ["nothing", "kill", "stop"])
-def test_the_journal_has_no_room(cramped: Service, template: Chain, folder: Path, place: Path, meanwhile: str) -> None:
+def test_the_journal_has_no_room(
+    cramped: Service, new_chain: NewChain, folder: Path, place: Path, meanwhile: str
+) -> None:
     """Jobs go on in QEMU, changes are refused, reads work; with room again each job has its true end, told once."""
     service = cramped
+    lower, upper, unused = (new_chain(folder / name) for name in ("running", "ready", "idle"))
     with (
-        opened(service, folder, template, "running") as (first, lower),
-        opened(service, folder, template, "ready") as (second, upper),
-        opened(service, folder, template, "idle") as (third, unused),
+        opened(service, lower, "running") as first,
+        opened(service, upper, "ready") as second,
+        opened(service, unused, "idle") as third,
     ):
         crawl: JSON = {"top": "vda[1]", "bandwidth": 4096, "flags": ["bandwidth_bytes", "delete"]}
         running = service.started("running", **crawl)

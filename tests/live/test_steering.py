@@ -22,7 +22,6 @@ from tests.support.chains import (
     assert_same,
     blockdev,
     build_chain,
-    copy_chain,
     drive_with_id,
     read_image,
     slow_down,
@@ -31,24 +30,12 @@ from tests.support.chains import (
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=4, size=8 * MIB, data=96 * CLUSTER)]
 
 SLOW: JSON = {"bandwidth": CLUSTER, "flags": ["bandwidth_bytes"], "top": "vda[1]"}
 """A merge below the active layer at 64 KiB/s, of which some MiB are to be done."""
 
 SLOW_ACTIVE: JSON = {"bandwidth": CLUSTER, "flags": ["bandwidth_bytes", "active"]}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Four layers of 8 MiB, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 4, size=8 * MIB, data=96 * CLUSTER)
-
-
-@pytest.fixture
-def chain(template: Chain, folder: Path) -> Chain:
-    """Four layers, numbered from the base (0) to the active layer (3)."""
-    return copy_chain(template, folder)
 
 
 @pytest.fixture

@@ -15,14 +15,10 @@ from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, dri
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service, sse
 
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=5)]
+
 INTERMEDIATE = ["job.queued", "job.started", "job.completed"]
 ACTIVE = ["job.queued", "job.started", "job.ready", "job.pivoting", "job.completed"]
-
-
-@pytest.fixture
-def chain(folder: Path) -> Chain:
-    """A chain of five layers."""
-    return build_chain(folder)
 
 
 def stored(events: list[JSON]) -> list[JSON]:

@@ -12,23 +12,18 @@ import httpx
 import pytest
 
 from app.core.outgoing import new_secret
-from tests.support.chains import CLUSTER, MIB, Chain, blockdev, build_chain, copy_chain
+from tests.live.conftest import NewChain
+from tests.support.chains import CLUSTER, MIB, Chain, blockdev
 from tests.support.qemu import Qemu
 from tests.support.receiver import FINE, LONG, Receiver
 from tests.support.service import JSON, Service, sse
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.chain(layers=3, size=2 * MIB, data=16 * CLUSTER)]
 
 SECRET = new_secret(b"r" * 32)
 CALLBACK = new_secret(b"c" * 24)
 HASTY = ("tests.support.hasty",)
 ALLOW = {"BLOCKJOBD_WEBHOOK_ALLOW": "127.0.0.0/8"}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Three layers, to be copied."""
-    return build_chain(tmp_path_factory.mktemp("template"), 3, size=2 * MIB, data=16 * CLUSTER)
 
 
 @pytest.fixture
@@ -76,12 +71,6 @@ def refused(answer: httpx.Response, status: int, code: str) -> JSON:
     return answer.json()
 
 
-def disks_in(folder: Path, template: Chain) -> list[str]:
-    """QEMU's arguments for a copy of the layers."""
-    folder.mkdir()
-    return blockdev(copy_chain(template, folder))
-
-
 def merge(service: Service, domain: str, callback: JSON | None = None) -> JSON:
     return service.wait_for_job(service.started(domain, top="vda[1]", callback=callback)["id"])
 
@@ -103,14 +92,12 @@ def in_order(requests: list[JSON]) -> list[str]:
     return ids
 
 
-def test_what_a_stream_shows_is_what_is_sent(
-    service: Service, receiver: Receiver, template: Chain, tmp_path: Path
-) -> None:
+def test_what_a_stream_shows_is_what_is_sent(service: Service, receiver: Receiver, chain: Chain) -> None:
     """The body is the stream's data, byte for byte; the published package takes its signature."""
     made = subscribe(service, receiver)
     with (
         service.client.stream("GET", "/events") as stream,
-        Qemu(service.qmp_dir / "vm.qmp", disks_in(tmp_path / "images", template)),
+        Qemu(service.qmp_dir / "vm.qmp", blockdev(chain)),
     ):
         service.wait_for_domain("vm")
         merge(service, "vm")
@@ -132,12 +119,12 @@ def test_what_a_stream_shows_is_what_is_sent(
     assert (newest["error"], newest["next_attempt_at"]) == (None, None)
 
 
-def test_only_what_was_asked_for(service: Service, receiver: Receiver, template: Chain, tmp_path: Path) -> None:
+def test_only_what_was_asked_for(service: Service, receiver: Receiver, new_chain: NewChain, tmp_path: Path) -> None:
     """By type; and a callback gets its own job's events, all of them, and no others."""
     made = subscribe(service, receiver, "job.completed", "domain.added")
     callback = {"url": receiver.url.replace("/in", "/callback"), "secret": CALLBACK}
     for name in ("vm1", "vm2"):
-        with Qemu(service.qmp_dir / f"{name}.qmp", disks_in(tmp_path / name, template)):
+        with Qemu(service.qmp_dir / f"{name}.qmp", blockdev(new_chain(tmp_path / name))):
             service.wait_for_domain(name)
             job = merge(service, name, callback=callback if name == "vm1" else None)
             if name == "vm1":
@@ -311,7 +298,7 @@ def test_wrong_fields_are_pointed_at(service: Service, body: JSON, pointer: str)
     assert service.client.get("/webhooks").json()["items"] == []
 
 
-def test_addresses_that_are_refused(service: Service, template: Chain, tmp_path: Path) -> None:
+def test_addresses_that_are_refused(service: Service, chain: Chain) -> None:
     """When a webhook is made, and when a job is to have one; there is no job then."""
     for url in (
         "http://169.254.169.254/",
@@ -324,7 +311,7 @@ def test_addresses_that_are_refused(service: Service, template: Chain, tmp_path:
     ):
         problem = refused(service.client.post("/webhooks", json={"url": url}), 422, "webhook-url-refused")
         assert problem["errors"][0]["pointer"] == "/url"
-    with Qemu(service.qmp_dir / "vm.qmp", disks_in(tmp_path / "images", template)):
+    with Qemu(service.qmp_dir / "vm.qmp", blockdev(chain)):
         service.wait_for_domain("vm")
         body = {"top": "vda[1]", "callback": {"url": "http://169.254.169.254/"}}
         for dry in ("true", "false"):
@@ -352,7 +339,7 @@ def test_roles(service: Service, receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_is_missed(tmp_path: Path, template: Chain, seed: int) -> None:
+def test_nothing_is_missed(tmp_path: Path, new_chain: NewChain, seed: int) -> None:
     """Receiver and service fail, hang, and are killed at random; every event comes at least once, and in order."""
     chance = random.Random(seed)
     hasty = Service(tmp_path / "service", ALLOW | {"SCHEDULE": ",".join(["50"] * 500)}, HASTY)
@@ -361,7 +348,7 @@ def test_nothing_is_missed(tmp_path: Path, template: Chain, seed: int) -> None:
         for number in range(8):
             name = f"vm{number}"
             receiver.behave(chance.choice(["ok", "slow", "500", "redirect", "cut", "hang"]))
-            with Qemu(service.qmp_dir / f"{name}.qmp", disks_in(tmp_path / name, template)):
+            with Qemu(service.qmp_dir / f"{name}.qmp", blockdev(new_chain(tmp_path / name))):
                 service.wait_for_domain(name)
                 job = service.started(name, top="vda[1]")
                 time.sleep(chance.random() / 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from tests.support.qemu import Qemu
 
 MIB = 1 << 20
 CLUSTER = 65536
+SIZE = 4 * MIB
+"""The virtual size of a layer in bytes, where a test asks for no other."""
+DATA = 24 * CLUSTER
+"""The bytes of noise in a layer, where a test asks for no other number."""
 
 
 @dataclass
@@ -54,13 +59,13 @@ def build_chain(
     folder: Path,
     layers: int = 5,
     *,
-    size: int = 4 * MIB,
+    size: int = SIZE,
     sizes: Sequence[int] | None = None,
     base_format: str = "qcow2",
     absolute: bool = False,
     nested: bool = False,
     seed: int = 1,
-    data: int = 24 * CLUSTER,
+    data: int = DATA,
     prefix: str = "l",
 ) -> Chain:
     """A chain of `layers` images with `data` bytes of noise in each, at places that overlap from layer to layer.
@@ -100,7 +105,49 @@ def build_chain(
 def copy_chain(chain: Chain, folder: Path) -> Chain:
     """A chain with relative headers and no subfolders, copied into another folder."""
     images = [Path(shutil.copy(image, folder)) for image in chain.images]
-    return replace(chain, images=images)
+    return Chain(images, list(chain.views), list(chain.formats))
+
+
+def name_backing(image: Path, backing: Path) -> None:
+    """Write the absolute path of a qcow2 image into the header of the image above it; no data is moved."""
+    header = ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", str(backing), "-F", "qcow2"]
+    subprocess.run([*header, str(image)], check=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSpec:
+    """The chain that a test works on: the arguments of the marker `chain`.
+
+    `layers` is the number of images, all of them qcow2. `size` is the virtual size of each layer and `data` the noise
+    in it, both in bytes, as `build_chain` takes them. Headers are relative, or absolute with `absolute`. `folder` is
+    where the images are, relative to the test's own folder.
+    """
+
+    layers: int
+    size: int = SIZE
+    data: int = DATA
+    absolute: bool = False
+    folder: str = "."
+
+
+class Templates:
+    """Chains for tests to copy. Building a chain is slow, so each is built once, when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._built: dict[ChainSpec, Chain] = {}
+
+    def copy(self, spec: ChainSpec, folder: Path) -> Chain:
+        """A chain in `folder` itself, whatever `spec.folder` is; the folder is made where it is missing."""
+        if spec not in self._built:
+            place = self._folder / str(len(self._built))
+            self._built[spec] = build_chain(place, spec.layers, size=spec.size, data=spec.data)
+        folder.mkdir(parents=True, exist_ok=True)
+        chain = copy_chain(self._built[spec], folder)
+        if spec.absolute:
+            for backing, image in itertools.pairwise(chain.images):
+                name_backing(image, backing)
+        return chain
 
 
 def write_guest(qemu: Qemu, view: bytes, pattern: int, at: int, length: int, *, device: str = "virtio0") -> bytes:
