@@ -8,8 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from app.api.render import JsonRender
 from app.core.job import Job
 from app.engine.ports.driver import Address
@@ -22,8 +20,6 @@ from app.journal.outbox import SqliteOutbox
 from app.journal.tokens import Tokens
 
 from .support import SetClock, run
-
-FIXTURE = Path(__file__).parent / "fixtures" / "journal-0005.sql"
 
 UNFINISHED = {
     "bj-queued": ("queued", "untouched"),
@@ -55,14 +51,6 @@ ENDED = {
     "bj-again-1": ("failed", "base-modified"),
     "bj-again-2": ("completed", "merged"),
 }
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """The state directory of the older release."""
-    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
-        connection.executescript(FIXTURE.read_text(encoding="utf-8"))
-    return tmp_path
 
 
 def rows(state_dir: Path, query: str) -> list[Any]:
