@@ -26,9 +26,9 @@ from app.engine.views import Render
 from app.journal.codec import encode_registration
 from app.journal.connections import Connections, Executors
 from app.journal.database import connect, connect_to_read, transaction
+from app.journal.images import change_marks, every_use, marks_of, replace_uses
 from app.journal.pruning import prune
 from app.journal.reading import Reading
-from app.journal.uses import change_marks, every_use, marks_of, replace_uses
 from app.journal.writing import Transaction
 
 T = TypeVar("T")

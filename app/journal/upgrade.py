@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from app.core.images import Access, Claim, DiskChain, Image, InvalidMark, InvalidReason, marks_of_merge
 from app.engine.ports.uses import MarkChange
-from app.journal.uses import add_claims, change_marks
+from app.journal.images import add_claims, change_marks
 
 _MODIFIED: Final = (
     "SELECT seq, body FROM jobs WHERE (ended = 0 AND data_state <> 'untouched')"

@@ -13,8 +13,8 @@ from app.engine.ports.events import StoredEvent
 from app.engine.ports.journal import IdempotencyKey, NewJob
 from app.engine.views import Render
 from app.journal.codec import encode_job
+from app.journal.images import add_claims, refuse_conflicts
 from app.journal.outbox import enqueue, insert
-from app.journal.uses import add_claims, refuse_conflicts
 
 
 class LostUpdate(Exception):
