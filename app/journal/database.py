@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from app.engine.ports.journal import JournalFull
+from app.journal.upgrade import STEPS
 
 FILE: Final = "journal.sqlite3"
 
@@ -140,6 +141,8 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
             if number > version:
                 for statement in _statements(file.read_text(encoding="utf-8")):
                     connection.execute(statement)
+                if number in STEPS:
+                    STEPS[number](connection)
                 connection.execute(f"PRAGMA user_version = {number}")
 
 

@@ -8,43 +8,32 @@ has a caller that waits for it, so there are as many as there are callers.
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
-from app.core.job import Job, State
+from app.core.images import Access, Claim, DiskChain, Image, ImageUse, InvalidMark
+from app.core.job import Job
 from app.core.machine.reports import StoredVersion
-from app.engine.idempotency import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
-from app.engine.ports.journal import IdempotencyKey, JobConflict, JobFilter, JournalFull, Registration, StoredAnswer
+from app.engine.ports.journal import IdempotencyKey, JobFilter, JournalFull, NewJob, Registration, StoredAnswer
 from app.engine.ports.outbox import Webhook
+from app.engine.ports.uses import DiskUses, MarkChange
 from app.engine.views import Render
-from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
+from app.journal.codec import encode_registration
+from app.journal.connections import Connections, Executors
 from app.journal.database import connect, connect_to_read, transaction
-from app.journal.outbox import UNDELIVERED, enqueue, insert
-
-PRUNED_EVENTS: Final = 500
-"""Events of domains that one transaction deletes, so that no other write waits long."""
-
-PRUNED_JOBS: Final = 25
-"""Jobs that one transaction deletes, each with its handful of events."""
-
-KEPT_JOBS: Final = 256
-"""Ended jobs that are kept in memory, the last that were asked for: an outcome is often asked for more than once."""
+from app.journal.images import change_marks, every_use, marks_of, replace_uses
+from app.journal.pruning import prune
+from app.journal.reading import Reading
+from app.journal.writing import Transaction
 
 T = TypeVar("T")
 Publish = Callable[[Sequence[StoredEvent]], None]
 Wake = Callable[[Collection[str]], None]
-
-
-class LostUpdate(Exception):
-    """A version of a job does not follow the stored one: two writers worked on it, or one on an old copy."""
 
 
 class SqliteJournal:
@@ -55,41 +44,32 @@ class SqliteJournal:
     file that can't be read (`sqlite3.Error`).
     """
 
-    def __init__(self, writing: sqlite3.Connection, reading: sqlite3.Connection, render: Render, clock: Clock) -> None:
-        self._writing = writing
-        self._reading = reading
+    def __init__(self, connections: Connections, render: Render, clock: Clock) -> None:
+        self._connections = connections
         self._render = render
         self._clock = clock
         self._publish: Publish | None = None
         self._wake: Wake | None = None
-        self._woken: set[str] = set()
-        self._ended: OrderedDict[str, Job] = OrderedDict()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-write")
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal-read")
+        self._reading = Reading(self.read)
 
     @classmethod
-    def open(cls, state_dir: Path, render: Render, clock: Clock) -> SqliteJournal:
-        """The journal in `state_dir`, which is made if it is missing.
+    def open(cls, state_dir: Path, render: Render, clock: Clock, executors: Executors | None = None) -> SqliteJournal:
+        """The journal in `state_dir`, which is made if it is missing; `executors` stand in for its two threads.
 
         Blocks while the schema is brought up to date. Raises as `app.journal.database.connect` does. The caller holds
         `app.journal.lock.locked`.
         """
         writing = connect(state_dir)
         try:
-            return cls(writing, connect_to_read(state_dir), render, clock)
+            reading = connect_to_read(state_dir)
         except BaseException:
             writing.close()
             raise
+        return cls(Connections(writing, reading, executors or Executors.threads()), render, clock)
 
     def close(self) -> None:
         """Finish the writes that were asked for, and let go of the file; blocks until then."""
-        self._writer.shutdown()
-        self._reader.shutdown()
-        self._reading.close()
-        with suppress(sqlite3.Error):
-            # So that what is left is one file. Where there is no room for it, the next start does it.
-            self._writing.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._writing.close()
+        self._connections.close()
 
     def listen(self, publish: Publish) -> None:
         """Have `publish` called on the event loop with each transaction's events, in the order of their ids."""
@@ -99,79 +79,106 @@ class SqliteJournal:
         """Have `wake` called on the event loop with the webhooks for which a transaction has stored deliveries."""
         self._wake = wake
 
-    # Writes -------------------------------------------------------------------------------------------------------
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """Do `work` in one transaction; the events that it tells are published after that."""
+        loop = asyncio.get_running_loop()
+
+        def hop(connection: sqlite3.Connection) -> T:
+            writing = Transaction(connection, self._render, self._clock)
+            with transaction(connection):
+                done = work(writing)
+            # From this thread, so that the loop hears of transactions in the order of their commits. A loop that has
+            # ended meanwhile has no subscribers left.
+            with suppress(RuntimeError):
+                if writing.events and self._publish:
+                    loop.call_soon_threadsafe(self._publish, writing.events)
+                if writing.woken and self._wake:
+                    loop.call_soon_threadsafe(self._wake, writing.woken)
+            return done
+
+        return await self._connections.write(hop)
+
+    async def execute(self, statement: str, values: tuple[object, ...]) -> int:
+        """Do one statement in a transaction of its own; how many rows it has changed."""
+        return await self.write(lambda writing: writing.connection.execute(statement, values).rowcount)  # pyright: ignore[reportArgumentType]
+
+    async def read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
+        return await self._connections.read(lambda connection: connection.execute(query, values or {}).fetchall())
+
+    # Writes -----------------------------------------------------------------------------------------------------------
+
+    async def add_jobs(self, new: Sequence[NewJob]) -> None:
+        """Store new jobs, all or none of them; a job comes after its parent. Raises `JobConflict`."""
+
+        def work(writing: Transaction) -> None:
+            for each in new:
+                writing.add(each)
+
+        await self.write(work)
 
     async def add_job(
-        self, told: Sequence[StoredVersion], key: IdempotencyKey | None = None, callback: Webhook | None = None
+        self,
+        told: Sequence[StoredVersion],
+        key: IdempotencyKey | None = None,
+        callback: Webhook | None = None,
+        claims: tuple[Claim, ...] | None = None,
     ) -> None:
-        """Store a new job, version by version, with the key of the request that asked for it, and its callback.
+        """Store one new job, as `add_jobs` does. Without `claims` the job has a write claim on its disk's chain."""
+        if claims is None:
+            job = told[0].job
+            claims = (Claim(DiskChain(job.domain, job.disk), Access.WRITE),)
+        await self.add_jobs([NewJob(versions=told, claims=claims, key=key, callback=callback)])
 
-        Raises `JobConflict` where the disk has an unfinished one.
+    async def store(
+        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+    ) -> None:
+        """Store versions of jobs, in order, each with its event if it has one, and what they mean for images.
+
+        Raises `LostUpdate` where a version is not the one after the stored version; nothing is stored then.
         """
-        first = told[0]
 
-        def add(connection: sqlite3.Connection, events: list[StoredEvent]) -> None:
-            try:
-                connection.execute("INSERT INTO jobs (id, body) VALUES (?, ?)", (first.job.id, encode_job(first.job)))
-            except sqlite3.IntegrityError as error:
-                row = connection.execute(
-                    "SELECT id FROM jobs WHERE domain = ? AND disk = ? AND ended = 0",
-                    (first.job.domain, first.job.disk),
-                ).fetchone()
-                if row is None:
-                    raise
-                raise JobConflict(row[0]) from error
-            if callback is not None:
-                # Before the events, which are for it already.
-                insert(connection, callback)
-            self._tell(connection, first, events)
-            self._update(connection, told[1:], events)
-            if key is not None:
-                # In place of one that is too old to be found.
-                connection.execute(
-                    "INSERT OR REPLACE INTO idempotency_keys (who, key, fingerprint, job_id, created_at)"
-                    " VALUES (?, ?, ?, ?, ?)",
-                    (key.who, key.key, key.fingerprint, first.job.id, self._clock.now()),
-                )
+        def work(writing: Transaction) -> None:
+            writing.update(told)
+            replace_uses(writing.connection, uses or {})
+            change_marks(writing.connection, marks or MarkChange())
 
-        await self.write(add)
+        await self.write(work)
 
     async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
         """Store the answer to the request that a key came with; the first one stays."""
-        await self.write(
-            lambda connection, _events: connection.execute(
-                "UPDATE idempotency_keys SET status = ?, body = ? WHERE who = ? AND key = ? AND status IS NULL",
-                (status, body, key.who, key.key),
-            )
+        await self.execute(
+            "UPDATE idempotency_keys SET status = ?, body = ? WHERE who = ? AND key = ? AND status IS NULL",
+            (status, body, key.who, key.key),
         )
-
-    async def store(self, told: Sequence[StoredVersion]) -> None:
-        """Store versions of one job, in order, each with its event if it has one.
-
-        Raises `LostUpdate` where the first is not the one after the stored version; nothing is stored then.
-        """
-        await self.write(lambda connection, events: self._update(connection, told, events))
 
     async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
         """Store an event of a domain; `data` is the JSON text of its data."""
-        await self.write(
-            lambda connection, events: events.append(
-                self.tell(connection, type_.value, domain=domain, disk=None, job_id=None, data=data)
-            )
-        )
+        await self.write(lambda writing: writing.tell(type_.value, domain=domain, disk=None, job_id=None, data=data))
 
     async def register(self, registration: Registration) -> None:
         """Keep a registration, in place of an earlier one of the same id."""
-        await self.write(
-            lambda connection, _events: connection.execute(
-                "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-                (registration.id, encode_registration(registration)),
-            )
+        await self.execute(
+            "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+            (registration.id, encode_registration(registration)),
         )
 
     async def unregister(self, domain: str) -> None:
-        """Forget a registration; one that is not there is no error."""
-        await self.write(lambda connection, _events: connection.execute("DELETE FROM domains WHERE id = ?", (domain,)))
+        """Forget a registration; one that is not there is no error. What its disks use is kept."""
+        await self.execute("DELETE FROM domains WHERE id = ?", (domain,))
+
+    async def record_uses(self, domain: str, disks: Mapping[str, Sequence[ImageUse]]) -> None:
+        """Keep what the chains of these disks were read to be, in place of what was known of them."""
+        named = {(domain, disk): uses for disk, uses in disks.items()}
+        await self.write(lambda writing: replace_uses(writing.connection, named))
+
+    async def forget_uses(self, domain: str) -> None:
+        """Forget all uses by a domain's disks."""
+        await self.execute("DELETE FROM image_uses WHERE domain = ?", (domain,))
+
+    async def change_marks(self, change: MarkChange) -> None:
+        """Set and end marks where no job changes."""
+        await self.write(lambda writing: change_marks(writing.connection, change))
 
     async def prune(self, before: int) -> None:
         """Delete what is from before that time (ms since 1970): jobs that ended, with their events; events of domains.
@@ -180,230 +187,61 @@ class SqliteJournal:
         A job stays as long as the key of its request, and what a webhook is still to be sent stays too. Done in many
         short transactions, between which others write.
         """
-        await self.write(
-            lambda connection, _events: connection.execute(
-                "DELETE FROM idempotency_keys WHERE created_at < ? AND (created_at < ? OR substr(who, 1, 5) <> ?)",
-                (self._clock.now() - KEPT_FOR, self._clock.now() - DELIVERY_KEPT_FOR, HOOK),
-            )
-        )
-        while await self.write(
-            lambda connection, _events: (
-                connection.execute(
-                    "DELETE FROM events WHERE id IN"  # noqa: S608  # constants only
-                    " (SELECT id FROM events WHERE job_id IS NULL AND time < ?"
-                    f" AND NOT EXISTS ({UNDELIVERED} AND event_id = events.id) ORDER BY time LIMIT ?)",
-                    (before, PRUNED_EVENTS),
-                ).rowcount
-            )
-        ):
-            pass
-        while await self.write(
-            lambda connection, _events: (
-                connection.execute(
-                    "DELETE FROM jobs WHERE seq IN"  # noqa: S608  # constants only
-                    " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ?"
-                    " AND NOT EXISTS (SELECT 1 FROM idempotency_keys WHERE job_id = jobs.id)"
-                    f" AND NOT EXISTS ({UNDELIVERED} AND event_id IN (SELECT id FROM events WHERE job_id = jobs.id))"
-                    " ORDER BY finished_at LIMIT ?)",
-                    (before, PRUNED_JOBS),
-                ).rowcount
-            )
-        ):
-            pass
-        # A new one: a read that began before puts what it found into the old one.
-        self._ended = OrderedDict()
+        await prune(self.execute, now=self._clock.now(), before=before)
+        self._reading.forget()
 
     async def check(self) -> str | None:
         """None if the journal can be written, which is tried, else why not."""
         try:
             # A value that changes each time: SQLite writes nothing for an update that changes nothing.
-            await self.write(
-                lambda connection, _events: connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'checks'")
-            )
+            await self.execute("UPDATE meta SET value = value + 1 WHERE key = 'checks'", ())
         except JournalFull as error:
             return str(error)
         return None
 
-    # Reads --------------------------------------------------------------------------------------------------------
+    # Reads ------------------------------------------------------------------------------------------------------------
 
     async def job(self, job_id: str) -> Job | None:
         """The last stored version of a job."""
-        kept = self._ended
-        job = kept.get(job_id)
-        if job is not None:
-            kept.move_to_end(job_id)
-            return job
-        rows = await self.read("SELECT body FROM jobs WHERE id = :id", {"id": job_id})
-        return self._keep(kept, decode_job(rows[0][0])) if rows else None
-
-    @staticmethod
-    def _keep(kept: OrderedDict[str, Job], job: Job) -> Job:
-        # A job that was lost may still be resolved; any other that has ended changes no more, it is only pruned.
-        if job.ended and job.state is not State.LOST:
-            kept[job.id] = job
-            if len(kept) > KEPT_JOBS:
-                kept.popitem(last=False)
-        return job
+        return await self._reading.job(job_id)
 
     async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
         """What a key of that name led to, if it was stored at `since` or later."""
-        rows = await self.read(
-            "SELECT fingerprint, job_id, status, body FROM idempotency_keys"
-            " WHERE who = :who AND key = :key AND created_at >= :since",
-            {"who": key.who, "key": key.key, "since": since},
-        )
-        for fingerprint, job_id, status, body in rows:
-            return StoredAnswer(fingerprint=fingerprint, job_id=job_id, status=status, body=body)
-        return None
+        return await self._reading.kept(key, since=since)
 
     async def unfinished(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""
-        return [decode_job(body) for (body,) in await self.read("SELECT body FROM jobs WHERE ended = 0 ORDER BY seq")]
+        return await self._reading.unfinished()
 
     async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
         """Jobs, newest first, and the cursor of the next page (None: there is none)."""
-        where = _where(
-            {
-                "domain = :domain": wanted.domain is not None,
-                "disk = :disk": wanted.disk is not None,
-                "state = :state": wanted.state is not None,
-                # Not bound: SQLite takes an index with a condition only where it can see that the condition holds.
-                "ended = 0": wanted.active is True,
-                "ended = 1": wanted.active is False,
-                "seq < :before": wanted.before is not None,
-            }
-        )
-        kept = self._ended
-        rows = await self.read(
-            f"SELECT seq, id, body FROM jobs {where} ORDER BY seq DESC LIMIT :limit + 1",  # noqa: S608  # constants only
-            {
-                "domain": wanted.domain,
-                "disk": wanted.disk,
-                "state": wanted.state,
-                "before": wanted.before,
-                "limit": wanted.limit,
-            },
-        )
-        page = rows[: wanted.limit]
-        jobs = [kept.get(id_) or self._keep(kept, decode_job(body)) for _, id_, body in page]
-        return jobs, page[-1][0] if len(rows) > len(page) else None
+        return await self._reading.jobs(wanted)
+
+    async def jobs_of(self, parent: str) -> Sequence[Job]:
+        """The jobs that are steps of another one, oldest first."""
+        return await self._reading.jobs_of(parent)
 
     async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
         """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""
-        rows = await self.read(
-            "SELECT body FROM jobs WHERE domain = :domain AND disk = :disk AND ended = 1"
-            " AND (data_state = 'base-modified' OR (state = 'completed' AND intent = 'keep')) ORDER BY seq",
-            {"domain": domain, "disk": disk},
-        )
-        return [decode_job(body) for (body,) in rows]
+        return await self._reading.modified_chains(domain, disk)
 
     async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
         """Stored events with an id above `after`, oldest first."""
-        where = _where(
-            {
-                "id > :after": True,
-                "job_id = :job_id": wanted.job_id is not None,
-                "domain = :domain": wanted.domain is not None,
-                "type IN (SELECT value FROM json_each(:types))": bool(wanted.types),
-            }
-        )
-        columns = "id, type, time, domain, disk, job_id, data"
-        rows = await self.read(
-            f"SELECT {columns} FROM events {where} ORDER BY id LIMIT :limit",  # noqa: S608  # constants only
-            {
-                "after": after,
-                "job_id": wanted.job_id,
-                "domain": wanted.domain,
-                "types": json.dumps(sorted(wanted.types)),
-                "limit": limit,
-            },
-        )
-        return [
-            StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
-            for id_, type_, time, domain, disk, job_id, data in rows
-        ]
+        return await self._reading.events(wanted, after=after, limit=limit)
 
     async def event_bounds(self) -> tuple[int, int]:
         """(id of the last event that was pruned, id of the last event); 0 where there is none."""
-        ((pruned, last),) = await self.read(
-            "SELECT value, max(value, (SELECT coalesce(max(id), 0) FROM events)) FROM meta WHERE key = 'pruned'"
-        )
-        return pruned, last
+        return await self._reading.event_bounds()
 
     async def registrations(self) -> Sequence[Registration]:
         """The domains that were registered, by id."""
-        return [decode_registration(body) for (body,) in await self.read("SELECT body FROM domains ORDER BY id")]
+        return await self._reading.registrations()
 
-    # How ----------------------------------------------------------------------------------------------------------
+    async def uses(self) -> Sequence[ImageUse]:
+        """Every use of an image, by domain, disk and place."""
+        return await self._connections.read(every_use)
 
-    def _update(self, connection: sqlite3.Connection, told: Sequence[StoredVersion], events: list[StoredEvent]) -> None:
-        for each in told:
-            job = each.job
-            changed = connection.execute(
-                "UPDATE jobs SET body = ? WHERE id = ? AND version = ? AND (ended = 0 OR state = 'lost')",
-                (encode_job(job), job.id, job.version - 1),
-            ).rowcount
-            if not changed:
-                raise LostUpdate(f"version {job.version} of the job {job.id} does not follow the stored one")
-            self._tell(connection, each, events)
-
-    def _tell(self, connection: sqlite3.Connection, told: StoredVersion, events: list[StoredEvent]) -> None:
-        if told.type is not None:
-            job = told.job
-            data = self._render.job(job)
-            event = self.tell(connection, told.type.value, domain=job.domain, disk=job.disk, job_id=job.id, data=data)
-            events.append(event)
-
-    def tell(
-        self,
-        connection: sqlite3.Connection,
-        type_: str,
-        *,
-        domain: str,
-        disk: str | None,
-        job_id: str | None,
-        data: str,
-    ) -> StoredEvent:
-        """Store an event in a transaction, and what webhooks are to be sent of it."""
-        time = self._clock.now()
-        id_ = connection.execute(
-            "INSERT INTO events (type, time, domain, disk, job_id, data) VALUES (?, ?, ?, ?, ?, ?)",
-            (type_, time, domain, disk, job_id, data),
-        ).lastrowid
-        event = StoredEvent(id=id_, type=type_, time=time, domain=domain, disk=disk, job_id=job_id, data=data)
-        self._woken.update(enqueue(connection, event))
-        return event
-
-    async def write(self, work: Callable[[sqlite3.Connection, list[StoredEvent]], T]) -> T:
-        """Do `work` in one transaction; the events that it adds to its list are published after that."""
-        loop = asyncio.get_running_loop()
-
-        def hop() -> T:
-            events: list[StoredEvent] = []
-            self._woken = set()
-            with transaction(self._writing):
-                done = work(self._writing, events)
-            # From this thread, so that the loop hears of transactions in the order of their commits. A loop that has
-            # ended meanwhile has no subscribers left.
-            with suppress(RuntimeError):
-                if events and self._publish:
-                    loop.call_soon_threadsafe(self._publish, events)
-                if self._woken and self._wake:
-                    loop.call_soon_threadsafe(self._wake, self._woken)
-            return done
-
-        return await asyncio.shield(loop.run_in_executor(self._writer, hop))
-
-    async def read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
-        """All rows of a query."""
-
-        def hop() -> list[tuple[Any, ...]]:
-            return self._reading.execute(query, values or {}).fetchall()
-
-        return await asyncio.get_running_loop().run_in_executor(self._reader, hop)
-
-
-def _where(conditions: Mapping[str, bool]) -> str:
-    """The conditions that apply, as SQL, so that each query finds its index."""
-    chosen = [text for text, applies in conditions.items() if applies]
-    return f"WHERE {' AND '.join(chosen)}" if chosen else ""
+    async def invalid_marks(self, images: Iterable[Image]) -> Sequence[InvalidMark]:
+        """The marks of these images, or of what may be one of them, oldest job first."""
+        asked = tuple(images)
+        return await self._connections.read(lambda connection: marks_of(connection, asked))

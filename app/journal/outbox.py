@@ -16,6 +16,7 @@ from app.engine.ports.outbox import Delivery, Webhook
 
 if TYPE_CHECKING:
     from app.journal.journal import SqliteJournal
+    from app.journal.writing import Transaction
 
 _ANSWER: Final = TypeAdapter(Answer)
 
@@ -93,7 +94,7 @@ class SqliteOutbox:
 
     async def add(self, webhook: Webhook) -> None:
         """Store a new webhook."""
-        await self._journal.write(lambda connection, _events: insert(connection, webhook))
+        await self._journal.write(lambda writing: insert(writing.connection, webhook))
 
     async def webhook(self, webhook_id: str) -> Webhook | None:
         """A webhook."""
@@ -131,7 +132,8 @@ class SqliteOutbox:
     async def enable(self, webhook_id: str, *, now: int) -> bool:
         """Have a webhook sent everything that it has missed, from now on; whether it was there."""
 
-        def work(connection: sqlite3.Connection, _events: list[StoredEvent]) -> bool:
+        def work(writing: Transaction) -> bool:
+            connection = writing.connection
             known = connection.execute(
                 "UPDATE webhooks SET disabled_at = NULL, disabled_because = NULL WHERE id = ?", (webhook_id,)
             ).rowcount
@@ -145,10 +147,7 @@ class SqliteOutbox:
         return await self._journal.write(work)
 
     async def _change(self, statement: str, *values: object) -> bool:
-        changed = await self._journal.write(
-            lambda connection, _events: connection.execute(statement, values).rowcount  # pyright: ignore[reportArgumentType]
-        )
-        return bool(changed)
+        return bool(await self._journal.execute(statement, values))
 
     async def waiting(self) -> Sequence[str]:
         """The ids of the webhooks that are enabled and have something to be sent."""
@@ -187,7 +186,8 @@ class SqliteOutbox:
         """Store what came of an attempt, and with it that it disables its webhook, if it does."""
         answer = None if delivery.answer is None else _ANSWER.dump_json(delivery.answer).decode()
 
-        def work(connection: sqlite3.Connection, events: list[StoredEvent]) -> None:
+        def work(writing: Transaction) -> None:
+            connection = writing.connection
             connection.execute(
                 "UPDATE deliveries SET state = ?, attempts = ?, due_at = ?, attempted_at = ?, answer = ? WHERE seq = ?",
                 (
@@ -208,10 +208,7 @@ class SqliteOutbox:
                 (self._clock.now(), disabled, delivery.webhook_id),
             ).fetchall()
             for row in found:
-                text = data(_webhook(*row))
-                events.append(
-                    self._journal.tell(connection, WEBHOOK_DISABLED, domain="", disk=None, job_id=None, data=text)
-                )
+                writing.tell(WEBHOOK_DISABLED, domain="", disk=None, job_id=None, data=data(_webhook(*row)))
 
         await self._journal.write(work)
 

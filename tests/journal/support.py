@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from app.core.flags import CommitFlag
+from app.core.images import Access, Claim, Image
 from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Work
 from app.core.machine.reports import StoredVersion
 from app.engine.ports.events import StoredEvent
+from app.engine.ports.journal import IdempotencyKey, NewJob
+from app.engine.ports.outbox import Webhook
 from app.engine.views import DomainView
+from app.journal.connections import Executors
 from app.journal.journal import SqliteJournal
 
 T = TypeVar("T")
@@ -100,10 +104,22 @@ def ended(job: Job, at: int, state: State = State.CANCELED) -> StoredVersion:
     return StoredVersion(type_, replace(job, state=state, finished_at=at, result=result, version=job.version + 1))
 
 
+def claim(*paths: str, access: Access = Access.WRITE) -> tuple[Claim, ...]:
+    """Claims on images that the service could not see."""
+    return tuple(Claim(Image(path), access) for path in paths)
+
+
+def new(job: Job, *claims: Claim, key: IdempotencyKey | None = None, callback: Webhook | None = None) -> NewJob:
+    """A queued job, to be stored with these claims."""
+    return NewJob(versions=queued(job), claims=claims, key=key, callback=callback)
+
+
 @contextmanager
-def opened(state_dir: Path, clock: SetClock | None = None) -> Generator[SqliteJournal]:
+def opened(
+    state_dir: Path, clock: SetClock | None = None, executors: Executors | None = None
+) -> Generator[SqliteJournal]:
     """A journal that is closed again."""
-    journal = SqliteJournal.open(state_dir, PlainRender(), clock or SetClock())
+    journal = SqliteJournal.open(state_dir, PlainRender(), clock or SetClock(), executors)
     try:
         yield journal
     finally:

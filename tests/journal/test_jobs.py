@@ -15,7 +15,8 @@ from app.core.machine.reports import StoredVersion
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import JobConflict, JobFilter, Registration
-from app.journal.journal import LostUpdate, SqliteJournal
+from app.journal.journal import SqliteJournal
+from app.journal.writing import LostUpdate
 
 from .support import SetClock, ended, heard_by, make_job, opened, queued, run, started
 
@@ -162,7 +163,13 @@ def test_what_is_kept_at_hand_is_what_is_stored(tmp_path: Path, state: State) ->
         "UPDATE events SET data = '{}'",
         "INSERT INTO events (type, time, domain, data) VALUES ('job.progress', 0, 'web1', '{}')",
         "INSERT INTO events (type, time, domain, job_id, data) VALUES ('job.started', 0, 'web1', 'bj-9', '{}')",
-        "INSERT INTO jobs (id, body) SELECT 'bj-2', json_set(body, '$.id', 'bj-2') FROM jobs",
+        "INSERT INTO claims (job_id, access, path) VALUES ('bj-9', 'write', '/a')",
+        "INSERT INTO claims (job_id, access, path) VALUES ('bj-1', 'lock', '/a')",
+        "INSERT INTO claims (job_id, access, domain) VALUES ('bj-1', 'write', 'web1')",
+        "INSERT INTO claims (job_id, access, domain, disk, path) VALUES ('bj-1', 'write', 'web1', 'vda', '/a')",
+        "INSERT INTO claims (job_id, access, path, dev) VALUES ('bj-1', 'write', '/a', 7)",
+        "INSERT INTO image_uses (domain, disk, place, dev, ino, seen_at) VALUES ('web1', 'vda', 0, 7, 7, 0)",
+        "INSERT INTO invalid_marks (job_id, path, ino, domain, reason) VALUES ('bj-1', '/a', 7, 'web1', 'kept')",
         "INSERT INTO tokens VALUES ('short', 'ci', 'read', 0)",
     ],
 )

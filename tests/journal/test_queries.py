@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app.core.images import Access, Claim, DiskChain, Image
 from app.core.job import State
 from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import IdempotencyKey, JobFilter
@@ -24,6 +25,8 @@ PARTIAL = ("USING INDEX jobs_active", "INDEX deliveries_undelivered", "json_each
 """What may be read whole: indexes that hold but what is asked for, and a list of types."""
 
 KEY = IdempotencyKey(who="ci", key="k", fingerprint="f")
+
+CLAIMS = (Claim(DiskChain("web1", "vda"), Access.WRITE), Claim(Image("/a", (1, 2), 3), Access.READ))
 
 WEBHOOK = Webhook(id="wh-1", url="http://a", types=frozenset(), secret="s", created_at=1, created_by="admin")
 
@@ -45,6 +48,10 @@ ASKED: dict[str, Ask] = {
     "active jobs": lambda journal: journal.jobs(JobFilter(active=True)),
     "active jobs of a domain": lambda journal: journal.jobs(JobFilter(active=True, domain="web1")),
     "a page far down": lambda journal: journal.jobs(JobFilter(before=1_000)),
+    "jobs that are steps": lambda journal: journal.jobs(JobFilter(parent="bj-1")),
+    "steps of a job": lambda journal: journal.jobs_of("bj-1"),
+    "marks of images": lambda journal: journal.invalid_marks([Image("/a", (1, 2), 3)]),
+    "whether jobs conflict": lambda journal: journal.add_job(queued(make_job("bj-2")), claims=CLAIMS),
     "modified chains": lambda journal: journal.modified_chains("web1", "vda"),
     "events from an id on": lambda journal: journal.events(EventFilter(), after=7, limit=100),
     "events of a job": lambda journal: journal.events(EventFilter(job_id="bj-1"), after=0, limit=100),

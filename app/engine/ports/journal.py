@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from app.core.images import Claim, Image, Resource
 from app.core.job import Job, State
 from app.core.machine.reports import StoredVersion
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
 from app.engine.ports.outbox import Webhook
+from app.engine.ports.uses import DiskUses, ImageRecords, MarkChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +28,13 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
-    """Which jobs to list. None: any. `before` is a cursor from an earlier page."""
+    """Which jobs to list. None: any. `before` is a cursor from an earlier page, `parent` a job with steps."""
 
     domain: str | None = None
     disk: str | None = None
     state: State | None = None
     active: bool | None = None
+    parent: str | None = None
     before: int | None = None
     limit: int = 100
 
@@ -41,11 +44,16 @@ class JournalFull(Exception):
 
 
 class JobConflict(Exception):
-    """The disk has an unfinished job already; nothing was stored. `job_id` names it."""
+    """An unfinished job has a claim that excludes the new job; nothing was stored. `job_id` names the unfinished job.
 
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"the disk has the unfinished job {job_id}")
+    `resource` is what both jobs have claims on.
+    """
+
+    def __init__(self, job_id: str, resource: Resource) -> None:
+        what = f"the image {resource.path}" if isinstance(resource, Image) else f"the disk {resource.disk}"
+        super().__init__(f"the unfinished job {job_id} works on {what}")
         self.job_id = job_id
+        self.resource = resource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,21 @@ class StoredAnswer:
     body: str | None
 
 
-class Journal(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to be stored for the first time.
+
+    `versions` are its versions so far, the first one first. `claims` hold until the job ends. `key` is the key of the
+    request that asked for the job, and `callback` the webhook for this job alone.
+    """
+
+    versions: Sequence[StoredVersion]
+    claims: tuple[Claim, ...]
+    key: IdempotencyKey | None = None
+    callback: Webhook | None = None
+
+
+class Journal(ImageRecords, Protocol):
     """What is kept over restarts. Each write is one transaction, and durable when the call returns.
 
     Writes raise `JournalFull`.
@@ -81,13 +103,22 @@ class Journal(Protocol):
         """
         ...
 
-    async def add_job(
-        self, told: Sequence[StoredVersion], key: IdempotencyKey | None = None, callback: Webhook | None = None
-    ) -> None:
-        """Store a new job, version by version, with the key of the request that asked for it, and its callback.
+    async def add_jobs(self, new: Sequence[NewJob]) -> None:
+        """Store new jobs, all or none of them; a job comes after its parent.
 
-        Raises `JobConflict` where the disk has an unfinished one.
+        Raises `JobConflict` where a claim of an unfinished job excludes a claim of a new job, or where two new jobs
+        exclude each other.
         """
+        ...
+
+    async def add_job(
+        self,
+        told: Sequence[StoredVersion],
+        key: IdempotencyKey | None = None,
+        callback: Webhook | None = None,
+        claims: tuple[Claim, ...] | None = None,
+    ) -> None:
+        """Store one new job, as `add_jobs` does. Without `claims` the job has a write claim on its disk's chain."""
         ...
 
     async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
@@ -98,8 +129,14 @@ class Journal(Protocol):
         """Store the answer to the request that a key came with."""
         ...
 
-    async def store(self, told: Sequence[StoredVersion]) -> None:
-        """Store versions of one job, in order, each with its event if it has one."""
+    async def store(
+        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+    ) -> None:
+        """Store versions of jobs, in order, each with its event if it has one.
+
+        What the change means for images is stored with it: `uses` in place of what was known of those disks, and
+        `marks`. The claims of a job end with the version that ends the job.
+        """
         ...
 
     async def tell_domain(self, type_: DomainEvent, domain: str, data: str) -> None:
@@ -116,6 +153,10 @@ class Journal(Protocol):
 
     async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
         """Jobs, newest first, and the cursor of the next page (None: there is none)."""
+        ...
+
+    async def jobs_of(self, parent: str) -> Sequence[Job]:
+        """The jobs that are steps of another one, oldest first."""
         ...
 
     async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:

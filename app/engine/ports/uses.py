@@ -1,0 +1,47 @@
+"""What is kept of images, whatever becomes of domains, jobs and the service: who uses them, and which are invalid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.core.images import Image, ImageUse, InvalidMark
+
+DiskUses = Mapping[tuple[str, str], Sequence[ImageUse]]
+"""For some disks, named by (domain, disk), every use by their chains now; a disk without uses has no medium."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkChange:
+    """Which marks are set, and which images are valid or gone now: all marks of theirs end first."""
+
+    add: tuple[InvalidMark, ...] = ()
+    remove: tuple[Image, ...] = ()
+
+
+class ImageRecords(Protocol):
+    """Uses and marks of images. Each write is one transaction, and raises `JournalFull`.
+
+    What goes together with a change of a job is written by `Journal.store`.
+    """
+
+    async def record_uses(self, domain: str, disks: Mapping[str, Sequence[ImageUse]]) -> None:
+        """Keep what the chains of these disks were read to be, in place of what was known of them."""
+        ...
+
+    async def forget_uses(self, domain: str) -> None:
+        """Forget all uses by a domain's disks: nobody has to care for its images any more."""
+        ...
+
+    async def uses(self) -> Sequence[ImageUse]:
+        """Every use, by domain, disk and place."""
+        ...
+
+    async def change_marks(self, change: MarkChange) -> None:
+        """Set and end marks where no job changes: an image was deleted or replaced by somebody else."""
+        ...
+
+    async def invalid_marks(self, images: Iterable[Image]) -> Sequence[InvalidMark]:
+        """The marks of these images, or of what may be one of them, oldest job first."""
+        ...
