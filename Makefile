@@ -13,6 +13,8 @@ WITH_QEMU := $(if $(QEMU),PATH="$(abspath $(QEMU)):$$PATH")
 ROUNDS ?= 20
 SEED ?=
 REQUESTS ?= 20000
+SEEDS ?= 2000
+HAZARDS ?=
 # Most of a live test's time is spent waiting for other processes.
 WORKERS ?= 3
 VENV := .venv

@@ -25,9 +25,11 @@ from app.drivers.qmp.runner import QmpDriver
 from app.engine.budget import Budget
 from app.engine.domains import DomainDirectory
 from app.engine.hub import Hub
+from app.engine.known import KnownDisks
 from app.engine.recovery import Recovery
 from app.engine.service import Service
 from app.engine.shared import Shared
+from app.engine.tasks import Tasks
 from app.engine.views import Render
 from app.engine.webhook_sender import WebhookSender
 from app.engine.webhooks import WebhookUseCases
@@ -113,16 +115,19 @@ async def running(
         tokens = stack.enter_context(Tokens.open(settings.state_dir, clock))
         tokens.ensure_admin()
         hub = Hub(journal, clock)
+        images = LocalImages(settings.image_roots, settings.qmp_timeout)
         shared = Shared(
-            driver=QmpDriver(settings.qmp_timeout),
+            drivers={"qmp": QmpDriver(settings.qmp_timeout)},
             journal=journal,
-            images=LocalImages(settings.image_roots, settings.qmp_timeout),
+            images=images,
             clock=clock,
             hub=hub,
             budget=Budget(settings.max_running_jobs),
             recovery=Recovery(clock),
             render=render,
             new_id=new_job_id,
+            known=KnownDisks(images),
+            tasks=Tasks(),
         )
         wrap_ports(shared)
         shared.journal.listen(hub.publish)

@@ -21,9 +21,10 @@ from pydantic_core import PydanticCustomError
 
 from app.api.cloudevents import STORED
 from app.core.errors import Problem
-from app.core.flags import BANDWIDTH_MAX, NAMES, parse_flags
-from app.core.job import OnError, OnReady
+from app.core.flags import BANDWIDTH_MAX, names_of, parse_flags
+from app.core.kinds.commit import CommitFlag
 from app.core.outgoing import secret_error, url_error
+from app.core.states import OnError, OnReady
 from app.engine.ports.driver import Address
 from app.engine.ports.journal import Registration
 from app.settings import UNIX_PATH_MAX, host_and_port
@@ -53,7 +54,7 @@ def _flag_kind(value: object) -> str | None:
 
 
 def _known_flag(value: int | str) -> int | str:
-    found = parse_flags([value] if isinstance(value, str) else value)
+    found = parse_flags([value] if isinstance(value, str) else value, CommitFlag)
     if isinstance(found, Problem):
         raise PydanticCustomError("flag", "{reason}", {"reason": found.detail.partition(": ")[2]})
     return value
@@ -62,7 +63,11 @@ def _known_flag(value: int | str) -> int | str:
 Flags = Annotated[
     Annotated[StrictInt, AfterValidator(_known_flag), Field(json_schema_extra={"minimum": 0}), Tag("mask")]
     | Annotated[
-        list[Annotated[StrictStr, AfterValidator(_known_flag), Field(json_schema_extra={"enum": [*NAMES]})]],
+        list[
+            Annotated[
+                StrictStr, AfterValidator(_known_flag), Field(json_schema_extra={"enum": [*names_of(CommitFlag)]})
+            ]
+        ],
         Tag("names"),
     ],
     Discriminator(

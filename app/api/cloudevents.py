@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pydantic import Field
 
 from app.api.schemas.base import Out, timestamp
-from app.core.job import EventType
+from app.core.states import EventType
 from app.engine.hub import RESET
 from app.engine.ports.events import WEBHOOK_DISABLED, DomainEvent, StoredEvent
 

@@ -19,7 +19,7 @@ from app.api.schemas.disks import DiskOut, Disks, disk_json, disk_out
 from app.api.schemas.jobs import JobOut
 from app.api.schemas.plans import PlanOut, plan_out
 from app.core.errors import Code, Problem, Refused
-from app.core.plan import commit_request
+from app.core.kinds import commit
 from app.engine.ports.outbox import Webhook
 from app.engine.service import Service
 
@@ -101,13 +101,13 @@ async def commit_blocks(
     dry_run: Annotated[bool, Query(description="change nothing, and answer with the plan")] = False,
 ) -> Response:
     """Merge the layers from `top` down to the one above `base` into `base`, while the guest runs."""
-    request = commit_request(**body.model_dump(exclude={"callback"}))
+    request = commit.request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise Refused(request)
     request = replace(request, digests=digests(if_match))
     if dry_run:
         await made_callback(use, body, who.name)
-        plan = plan_out(await use.plan_commit(domain, disk, request))
+        plan = plan_out(await use.plan("commit", domain, disk, request))
         return Response(plan.model_dump_json(), media_type="application/json")
     key = None
     if idempotency_key is not None:
@@ -116,7 +116,7 @@ async def commit_blocks(
 
     async def serve() -> Response:
         callback = await made_callback(use, body, who.name)
-        job = await use.commit(domain, disk, request, who=who.name, key=key, callback=callback)
+        job = await use.start("commit", domain, disk, request, who=who.name, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
     return await serve() if key is None else await served_once(use, key, path_of(http.scope), serve)

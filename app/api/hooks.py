@@ -22,7 +22,8 @@ from app.api.schemas.hooks import IgnoredOut
 from app.api.schemas.jobs import JobOut
 from app.core.errors import Code, Problem, Refused, invalid
 from app.core.incoming import ID_HEADERS, IncomingDelivery, delivery_id, mismatch, signature_error
-from app.core.plan import CommitRequest, commit_request
+from app.core.kinds import commit
+from app.core.kinds.commit import CommitRequest
 from app.engine.idempotency import HOOK
 from app.engine.ports.clock import Clock
 from app.settings import Hook, SettingsError
@@ -59,7 +60,7 @@ def prepared(name: str, hook: Hook) -> Taken:
         wrong = error.errors()[0]
         where = ".".join(str(part) for part in wrong["loc"])
         raise SettingsError(f"hooks.{name}.body.{where}: {wrong['msg']}") from error
-    request = commit_request(**body.model_dump(exclude={"callback"}))
+    request = commit.request(**body.model_dump(exclude={"callback"}))
     if isinstance(request, Problem):
         raise SettingsError(f"hooks.{name}.body: {request.detail}")
     return Taken(hook, secret, body, request)
@@ -122,7 +123,8 @@ async def take_delivery(
 
     async def serve() -> Response:
         callback = await made_callback(use, taken.body, who)
-        job = await use.commit(taken.hook.domain, taken.hook.disk, taken.request, who=who, key=key, callback=callback)
+        hook = taken.hook
+        job = await use.start("commit", hook.domain, hook.disk, taken.request, who=who, key=key, callback=callback)
         return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
     return await served_once(use, key, path_of(http.scope), serve)

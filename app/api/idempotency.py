@@ -75,8 +75,8 @@ async def served_once(
     `serve` stores the key together with the job that it makes. A request that was refused before it made a job is
     served anew.
     """
-    with use.once.alone(key):
-        kept = await use.once.kept(key)
+    with use.keys.alone(key):
+        kept = await use.keys.kept(key)
         if kept is not None:
             answer = _kept_answer(kept) or _answer_of(await use.job(kept.job_id), path)
             if kept.body is None:
@@ -88,7 +88,7 @@ async def served_once(
             answer = await serve()
         except Refused as refused:
             # QEMU may have refused the job after the journal had stored it.
-            if "job" not in refused.problem.extra or await use.once.kept(key) is None:
+            if "job" not in refused.problem.extra or await use.keys.kept(key) is None:
                 raise
             answer = problem_response(refused.problem, path)
         await _keep(use, key, answer)
@@ -97,7 +97,7 @@ async def served_once(
 
 async def _keep(use: Service, key: IdempotencyKey, answer: Response) -> None:
     try:
-        await use.once.keep_answer(key, answer.status_code, bytes(answer.body).decode())
+        await use.keys.keep_answer(key, answer.status_code, bytes(answer.body).decode())
     except JournalFull as error:
         # The job is stored with its key, so a repeated request gets the job as it is then.
         log.error("answer not kept", error=str(error))

@@ -16,8 +16,9 @@ from app.api.pages import Limit, NumberCursor, cut_page, page_response
 from app.api.requests import CHANGES, READS, JobId, UseCases
 from app.api.schemas.jobs import JobOut, Jobs, job_json
 from app.core.errors import Code, Problem, Refused
-from app.core.flags import CommitFlag, bandwidth_in_bytes, parse_flags
-from app.core.job import Job, State
+from app.core.flags import SpeedFlag, bandwidth_in_bytes, parse_flags
+from app.core.job import Job
+from app.core.states import State
 from app.engine.ports.journal import JobFilter
 
 router = APIRouter(route_class=Guarded, tags=["jobs"])
@@ -161,8 +162,10 @@ async def resolve_job(job_id: JobId, body: ResolveIn, who: Admin, use: UseCases)
 @router.patch("/jobs/{job_id}", operation_id="setJobSpeed", response_model=JobOut, responses=refusals(*STEER))
 async def set_speed(job_id: JobId, body: PatchJobIn, _who: Operator, use: UseCases) -> Response:
     """Give a job another speed."""
-    flags = parse_flags(body.flags, allowed=CommitFlag.BANDWIDTH_BYTES)
-    bandwidth = flags if isinstance(flags, Problem) else bandwidth_in_bytes(body.bandwidth, flags)
+    flags = parse_flags(body.flags, SpeedFlag)
+    if isinstance(flags, Problem):
+        raise Refused(flags)
+    bandwidth = bandwidth_in_bytes(body.bandwidth, in_bytes=SpeedFlag.BANDWIDTH_BYTES in flags)
     if isinstance(bandwidth, Problem):
         raise Refused(bandwidth)
     return job_response(await use.set_speed(job_id, bandwidth))

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from app.core.job import ENDED, State
+from app.core.states import ENDED, State
 from app.engine.service import Service
 from app.engine.views import DomainState
 

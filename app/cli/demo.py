@@ -39,7 +39,7 @@ from app.cli.stage import (
     qemu,
     service,
 )
-from app.core.job import State
+from app.core.states import State
 
 FOLDER: Final = Path("/tmp/blockjobd-demo")  # noqa: S108 - made for its owner only, and refused if it is another's
 PORT: Final = 8470

@@ -23,7 +23,8 @@ class Layer:
     """One image of a backing chain.
 
     Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None.
-    `identity` is None where the service can't see the file; `folder` is the file's folder with symlinks resolved.
+    `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev).
+    `folder` is the file's folder with symlinks resolved.
     `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
     (protocol node last), both as QEMU names them.
     """
@@ -36,6 +37,7 @@ class Layer:
     backing: str | None = None
     backing_format: str | None = None
     identity: Identity | None = None
+    device: int | None = None
     folder: str | None = None
     cluster_size: int = 65536
     filters: tuple[str, ...] = ()
@@ -45,6 +47,14 @@ class Layer:
     def relative(self) -> bool:
         """Whether the header names the layer below relative to this image's own folder."""
         return self.backing is not None and not self.backing.startswith("/") and ":" not in self.backing.split("/")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotDeleted:
+    """An image that a deletion left in place, and why."""
+
+    file: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +127,6 @@ def _is_file(layer: Layer, name: str, identity: Identity | None) -> bool:
     if layer.file == name or (name.startswith("/") and layer.file == posixpath.normpath(name)):
         return True
     return identity is not None and layer.identity == identity
-
-
-def relative_name(target: Layer, *, seen_from: Layer) -> str:
-    """The path of `target`'s image as the header of `seen_from` would name it, relative to its folder.
-
-    The kernel resolves `..` after symlinks, so the folders are compared as they really are.
-    """
-    here = seen_from.folder or posixpath.dirname(seen_from.file)
-    there = target.folder or posixpath.dirname(target.file)
-    return posixpath.relpath(posixpath.join(there, posixpath.basename(target.file)), here)
 
 
 def matching_disks(disks: Iterable[Disk], name: str, identity: Identity | None) -> Sequence[Disk]:

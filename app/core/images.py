@@ -13,15 +13,12 @@ Nothing here opens a file.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType
 
 from app.core.chain import Disk, Identity, Layer
 from app.core.sameness import Sameness
-
-NO_DEVICES: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +41,9 @@ class Image:
             object.__setattr__(self, "path", "/" + posixpath.normpath(self.path).lstrip("/"))
 
     @classmethod
-    def of(cls, layer: Layer, device: int | None = None) -> Image:
+    def of(cls, layer: Layer) -> Image:
         """The image of a layer."""
-        return cls(layer.file, layer.identity, device)
+        return cls(layer.file, layer.identity, layer.device)
 
 
 def same_image(one: Image, other: Image) -> Sameness:
@@ -92,14 +89,14 @@ class ImageUse:
     seen_at: int
 
 
-def uses_by(domain: str, disk: Disk, *, seen_at: int, devices: Mapping[str, int] = NO_DEVICES) -> tuple[ImageUse, ...]:
-    """The uses of a disk's chain; `devices` are the numbers of those files that are block devices."""
+def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
+    """The uses of a disk's chain."""
     return tuple(
         ImageUse(
             domain=domain,
             disk=disk.name,
             place=place,
-            image=Image.of(layer, devices.get(layer.file)),
+            image=Image.of(layer),
             seen_at=seen_at,
         )
         for place, layer in enumerate(disk.layers)
@@ -226,6 +223,19 @@ class InvalidMark:
     reason: InvalidReason
 
 
+@dataclass(frozen=True, slots=True)
+class MarkChange:
+    """Which marks are set, and which images are valid or gone now: all marks of theirs end first."""
+
+    add: tuple[InvalidMark, ...] = ()
+    remove: tuple[Image, ...] = ()
+
+
+def marks_of(images: Iterable[Image], *, job_id: str, domain: str, reason: InvalidReason) -> tuple[InvalidMark, ...]:
+    """The marks of images that show a mixture since a job."""
+    return tuple(InvalidMark(image=image, job_id=job_id, domain=domain, reason=reason) for image in images)
+
+
 def marks_of_merge(
     chain: Sequence[Image], *, top: int, base: int, job_id: str, domain: str, reason: InvalidReason
 ) -> tuple[InvalidMark, ...]:
@@ -234,9 +244,7 @@ def marks_of_merge(
     `chain` is the whole chain before the job, active layer first. The merged layers become invalid, `top` included
     (see virDomainBlockCommit). The active layer stays right: it has all that was copied down.
     """
-    return tuple(
-        InvalidMark(image=image, job_id=job_id, domain=domain, reason=reason) for image in chain[max(top, 1) : base]
-    )
+    return marks_of(chain[max(top, 1) : base], job_id=job_id, domain=domain, reason=reason)
 
 
 def valid_layers(disk: Disk, marks: Iterable[InvalidMark]) -> tuple[bool, ...]:

@@ -1,7 +1,7 @@
 """A domain's actor: it alone talks to the domain's monitor and moves the domain's jobs.
 
 One task takes requests, hints and the clock's ticks in turn, so nothing in a domain needs a lock, and a QEMU that
-hangs delays only its own domain.
+hangs delays only its own domain. Its jobs come first: a stream of requests holds up no look at a job.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
-from app.core.flags import CommitFlag
-from app.core.job import Job, State
+from app.core.images import Image, Resource, valid_layers
+from app.core.job import Job, accept
+from app.core.kinds import Spec
 from app.core.machine.inputs import Input
 from app.core.machine.table import step
-from app.core.plan import CommitRequest, Facts, Plan, choose_layers, plan_commit
-from app.core.reconcile import valid_layers
-from app.engine.connection import Change, MonitorConnection
-from app.engine.disks import DomainDisks, disk_of
+from app.core.plan import Plan
+from app.core.states import State
+from app.engine.connection import Change, MonitorConnection, Phase
+from app.engine.disks import DomainDisks
+from app.engine.executor import Executor
 from app.engine.jobs import DomainJobs
+from app.engine.planning import Planner, jobs_on
 from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
 from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull, Registration
@@ -35,13 +38,17 @@ from app.engine.views import DiskView, DomainState, DomainView
 
 log = structlog.get_logger(__name__)
 
-POLL: Final = 0.5
+POLL_S: Final = 0.5
 """Seconds between two looks at running jobs; QEMU has no event for progress, and two reports a second are promised."""
 
 INBOX: Final = 256
 """Requests that may wait for one domain."""
 
 T = TypeVar("T")
+
+
+class ActorClosed(Exception):
+    """The actor takes no requests any more: its domain was forgotten, or has another actor by now."""
 
 
 @dataclass(slots=True)
@@ -56,11 +63,17 @@ class Actor:
     def __init__(self, registration: Registration, shared: Shared, jobs: tuple[Job, ...] = ()) -> None:
         self.registration = registration
         self.connection = MonitorConnection(
-            registration, shared.driver, shared.clock, hint=self._hinted, on_progress=self._on_progress
+            registration,
+            shared.drivers[registration.driver],
+            shared.clock,
+            hint=self._hinted,
+            on_progress=self._on_progress,
         )
-        self.disks = DomainDisks(registration, self.connection, shared.images)
+        self.disks = DomainDisks(registration, self.connection, shared.images, shared.known)
         self._shared = shared
-        self._jobs = DomainJobs(shared, self.connection, self.disks, jobs, self.wake)
+        self._executor = Executor(shared, self.connection, self.disks)
+        self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
+        self._planner = Planner(registration, shared, self.connection, self.disks)
         self._inbox: deque[_Request] = deque()
         self._woken = asyncio.Event()
         self._next_look = 0.0
@@ -80,30 +93,32 @@ class Actor:
 
     def view(self) -> DomainView:
         """The domain as it is known now; never waits."""
-        facts = self.connection.facts
+        facts, state = self.connection.facts, self.connection.state()
+        unreadable = self._shared.known.problem(self.id) if state is DomainState.SHUTOFF else None
         return DomainView(
             id=self.id,
             name=(facts.name if facts else None) or self.id,
             uuid=facts.uuid if facts else None,
-            state=self.connection.state(),
+            state=state,
+            driver=self.registration.driver,
             version=facts.version if facts else None,
             pid=facts.process.pid if facts else None,
             managed_by=facts.managed_by if facts else None,
-            error=self.connection.error,
+            error=unreadable or self.connection.error,
             disks=tuple(disk.name for disk in self.disks.known),
         )
 
     async def call(self, run: Callable[[], Awaitable[T]]) -> T:
         """Have the actor do `run` between its other work; what it raises is raised here.
 
-        Raises `Refused` where too many requests wait already, and at shutdown.
+        Raises `Refused` where too many requests wait already, and `ActorClosed` where the actor has ended.
         """
         if len(self._inbox) >= INBOX:
             raise Refused(
                 Problem(code=Code.TOO_MANY_REQUESTS, detail=f"{INBOX} requests wait for {self.id}; slow down")
             )
         if self._stopping:
-            raise Refused(_SHUTTING_DOWN)
+            raise ActorClosed
         answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._inbox.append(_Request(run, answer))
         self._woken.set()
@@ -135,7 +150,7 @@ class Actor:
         try:
             if self.registration.address is None:
                 # No attempt to connect will ever have it read, and others' merges must not touch its images.
-                await self.disks.read_offline()
+                await self.disks.read_off()
                 self.connection.tried.set()
             while not self._stopping:
                 self.connection.begin()
@@ -144,19 +159,25 @@ class Actor:
                     await self._changed(await self.connection.end())
                 await self._serve_inbox()
                 await self._handle_monitor_error()
-                if self._jobs.look_soon or self._shared.clock.monotonic() >= self._next_look:
+                if self._look_is_due:
                     await self._look()
                     await self._handle_monitor_error()
+                await self._record_uses()
         finally:
+            self._stopping = True
             await self.connection.close()
             self._jobs.release()
+            self.connection.tried.set()
             for request in self._inbox:
-                if not request.answer.done():
-                    request.answer.set_exception(Refused(_SHUTTING_DOWN))
+                _fail(request, ActorClosed())
+
+    @property
+    def _look_is_due(self) -> bool:
+        return self._jobs.look_soon or self._shared.clock.monotonic() >= self._next_look
 
     async def _wait(self) -> None:
         if self._jobs.needs_polling:
-            self._next_look = min(self._next_look, self._shared.clock.monotonic() + POLL)
+            self._next_look = min(self._next_look, self._shared.clock.monotonic() + POLL_S)
         if not (self._inbox or self._jobs.look_soon or self.connection.pending or self._stopping):
             until = min(self._next_look, self.connection.deadline)
             with suppress(TimeoutError):
@@ -165,9 +186,9 @@ class Actor:
         self._woken.clear()
 
     async def _handle_monitor_error(self) -> None:
-        monitor_error, self._jobs.monitor_error = self._jobs.monitor_error, None
-        if monitor_error is not None:
-            await self._changed(await self.connection.fail(monitor_error))
+        error, self._executor.monitor_error = self._executor.monitor_error, None
+        if error is not None:
+            await self._changed(await self.connection.fail(error))
 
     async def _changed(self, change: Change | None) -> None:
         match change:
@@ -178,15 +199,12 @@ class Actor:
                     self._jobs.unqueue()
                     await self._tell(DomainEvent.DISCONNECTED)
                 if self.connection.state() is DomainState.SHUTOFF:
-                    await self.disks.read_offline()
+                    await self.disks.read_off()
                 with suppress(JournalFull):
                     await self._jobs.find_gone()
                 self.connection.tried.set()
             case Change.HUNG:
                 await self._tell(DomainEvent.DISCONNECTED)
-            case Change.AWAKE:
-                self._jobs.look_soon = True
-                await self._tell(DomainEvent.CONNECTED)
             case None:
                 pass
 
@@ -198,9 +216,10 @@ class Actor:
             self.connection.welcome(guest_running=guest_running)
             await self._jobs.find_orphans()
         except MonitorError as error:
-            self._jobs.monitor_error = error
+            self._executor.monitor_error = error
         self.connection.tried.set()
-        await self._tell(DomainEvent.CONNECTED)
+        if self.connection.phase is Phase.UP:
+            await self._tell(DomainEvent.CONNECTED)
 
     async def _tell(self, event: DomainEvent) -> None:
         try:
@@ -213,12 +232,25 @@ class Actor:
         try:
             await self._jobs.look()
         except MonitorError as error:
-            self._jobs.monitor_error = error
+            self._executor.monitor_error = error
         except JournalFull as error:
             # Nothing was stored, so nothing was done: the same is seen and tried again at the next look.
             log.error("journal full", domain=self.id, error=str(error))
         # Beside a domain without jobs nothing is done until something happens there; `_wait` sees to those with jobs.
         self._next_look = float("inf")
+
+    async def _record_uses(self) -> None:
+        """Have the journal know which images the disks use by now, where no change of a job has told it."""
+        uses = self._shared.known.unrecorded(self.id, self._shared.clock.now())
+        if not uses:
+            return
+        try:
+            await self._shared.journal.record_uses(self.id, {disk: of_disk for (_, disk), of_disk in uses.items()})
+        except JournalFull as error:
+            # It is tried again at the next turn.
+            log.error("uses of images not stored", domain=self.id, error=str(error))
+        else:
+            self._shared.known.recorded(uses)
 
     async def _serve_inbox(self) -> None:
         while self._inbox:
@@ -245,103 +277,44 @@ class Actor:
         return await self._disk_view(await self.disks.find(name))
 
     async def _disk_view(self, disk: Disk) -> DiskView:
-        unfinished = self._jobs_on(disk)
-        ended = await self._shared.journal.modified_chains(self.id, disk.name)
+        unfinished = jobs_on(disk, self.jobs)
+        marks = await self._shared.journal.invalid_marks(Image.of(layer) for layer in disk.layers)
         current = unfinished[0].id if unfinished else next(iter(disk.running_jobs), None)
-        return DiskView(disk=disk, valid=valid_layers(disk, [*unfinished, *ended]), job=current)
+        return DiskView(disk=disk, valid=valid_layers(disk, marks), job=current)
 
-    def _jobs_on(self, disk: Disk) -> list[Job]:
-        return [job for job in self.jobs if disk_of(job, (disk,)) is not None]
+    async def plan(self, kind: str, name: str, request: Any, *, exact: bool) -> Plan[Spec]:
+        """What a job of that kind would do; raises `Refused` for the first check that fails."""
+        return await self._planner.plan(kind, name, request, self.jobs, exact=exact)
 
-    async def plan(self, name: str, request: CommitRequest, *, exact: bool) -> Plan:
-        """What a commit would do; raises `Refused` for the first check that fails, in the contract's order.
-
-        `exact`: read the images' maps, as a person wants to see; else only where the layers' sizes leave a doubt.
-        """
-        self._check_usable()
-        disk = await self.disks.find(name)
-        images, process = self._shared.images, self.connection.process
-        names = [text for text in (request.top, request.base) if text is not None]
-        chosen = choose_layers(
-            disk,
-            request,
-            identities=await images.identities(names, process) if names else None,
-            conflict=next((job.id for job in self._jobs_on(disk)), None),
-        )
-        if isinstance(chosen, Problem):
-            raise Refused(chosen)
-        base, delete = chosen.base_layer, CommitFlag.DELETE in request.flags
-        await self._shared.read_off()
-        to_delete = {layer.file: layer.identity for layer in chosen.merged if delete}
-        locked, free, is_device, undeletable = await asyncio.gather(
-            images.locked(base.file, process),
-            images.free_bytes(base.file, process),
-            images.is_device(base.file, process),
-            images.undeletable(to_delete, process),
-        )
-        facts = Facts(
-            shared_with=self._shared.base_user(self.id, disk, base),
-            locked=locked,
-            free=free,
-            base_is_device=is_device,
-            undeletable=undeletable,
-        )
-        plan = plan_commit(chosen, facts)
-        doubtful = isinstance(plan, Problem) and plan.code is Code.INSUFFICIENT_STORAGE
-        if doubtful or (exact and isinstance(plan, Plan)):
-            measure = await images.measure(chosen, process)
-            if measure is not None:
-                measured = replace(facts, bytes_to_copy=measure.bytes_to_copy, new_bytes=measure.new_bytes)
-                plan = plan_commit(chosen, measured)
-        if isinstance(plan, Problem):
-            raise Refused(plan)
-        return plan
-
-    def _check_usable(self) -> None:
-        facts = self.connection.facts
-        if facts is not None and facts.managed_by is not None and not self.registration.allow_managed:
-            raise Refused(
-                Problem(
-                    code=Code.DOMAIN_MANAGED_ELSEWHERE,
-                    detail=f"the domain {self.id} belongs to {facts.managed_by}, which would not learn of the change; "
-                    "use its tools, or register the domain with `allow_managed: true`",
-                )
-            )
-        if self.connection.state() is DomainState.SHUTOFF:
-            raise Refused(
-                Problem(
-                    code=Code.NOT_SUPPORTED,
-                    detail=f"the domain {self.id} is off, and this version merges layers of running domains only; "
-                    "start the domain",
-                )
-            )
-        missing = self.connection.require().facts.missing
-        if missing:
-            raise Refused(
-                Problem(
-                    code=Code.NOT_SUPPORTED,
-                    detail=f"the program behind the monitor of {self.id} lacks the commands {', '.join(missing)}",
-                )
-            )
-
-    async def commit(
+    async def start(
         self,
+        kind: str,
         name: str,
-        request: CommitRequest,
+        request: Any,
+        *,
         who: str,
         key: IdempotencyKey | None = None,
         callback: Webhook | None = None,
     ) -> Job:
-        """Plan a commit, store its job, and start it if it has a place. Raises `Refused`, also with QEMU's refusal."""
-        plan = await self.plan(name, request, exact=False)
-        job = plan.job(id_=self._shared.new_id(), domain=self.id, requested_by=who, now=self._shared.clock.now())
+        """Plan a job, store it, and start it if it has a place. Raises `Refused`, also with QEMU's refusal."""
+        plan = await self.plan(kind, name, request, exact=False)
+        # A job that waits is one of this QEMU's too, and ends with it.
+        job = accept(
+            plan,
+            id_=self._shared.new_id(),
+            domain=self.id,
+            requested_by=who,
+            now=self._shared.clock.now(),
+            process=self.connection.process,
+        )
         try:
             job = await self._jobs.add(job, key, None if callback is None else replace(callback, job_id=job.id))
         except JobConflict as conflict:
             raise Refused(
                 Problem(
                     code=Code.JOB_CONFLICT,
-                    detail=f"the job {conflict.job_id} works on the disk {job.disk}; wait for its end, or abort it",
+                    detail=f"the job {conflict.job_id} works on {_named(conflict.resource, job.disk)}; "
+                    "wait for its end, or abort it",
                     extra={"job": conflict.job_id},
                 )
             ) from None
@@ -351,15 +324,15 @@ class Actor:
         return job
 
     async def steer(self, job_id: str, event: Input) -> tuple[Job, bool]:
-        """Pass a person's wish to a job: (the job, whether it had an effect). Raises `Refused`."""
+        """Pass a person's request to a job: (the job, whether it had an effect). Raises `Refused`."""
         job = await self._jobs.find(job_id)
         if job is None:
             raise Refused(Problem(code=Code.JOB_NOT_FOUND, detail=f"there is no job {job_id}"))
-        # A wish that does not fit is refused before the monitor's state is.
+        # A request that does not fit is refused before the monitor's state is.
         step(job, event, 0)
         if job.state is not State.QUEUED and not job.ended:
             self.connection.require()
-            if not self.connection.is_with(job.process):
+            if self.connection.is_another(job.control.process):
                 raise Refused(
                     Problem(
                         code=Code.MONITOR_UNREACHABLE,
@@ -369,6 +342,29 @@ class Actor:
                 )
         after = await self._jobs.advance(job, event)
         return after, after.version != job.version
+
+    async def retire(self, unregister: Callable[[str], Awaitable[None]] | None = None) -> None:
+        """Have `unregister` forget the domain, and take no more requests.
+
+        Raises `Refused` while the domain has unfinished jobs. Decided in here, between requests: a job that is being
+        planned is there before, or is refused afterwards.
+        """
+        if self.jobs:
+            job = self.jobs[0]
+            raise Refused(
+                Problem(
+                    code=Code.JOB_CONFLICT,
+                    detail=f"the job {job.id} works on {self.id}/{job.disk}; wait for its end, or abort it",
+                    extra={"job": job.id},
+                )
+            )
+        if unregister is not None:
+            await unregister(self.id)
+        self.stop()
+
+
+def _named(resource: Resource | None, disk: str) -> str:
+    return f"the image {resource.path}" if isinstance(resource, Image) else f"the disk {disk}"
 
 
 def refusal_of(job: Job) -> Problem | None:
@@ -381,6 +377,3 @@ def refusal_of(job: Job) -> Problem | None:
 def _fail(request: _Request, error: Exception) -> None:
     if not request.answer.done():
         request.answer.set_exception(error)
-
-
-_SHUTTING_DOWN = Problem(code=Code.SHUTTING_DOWN, detail="the service is shutting down")

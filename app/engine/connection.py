@@ -1,4 +1,11 @@
-"""A domain's connection: the connection to its monitor, kept up, and what is known of who answers there.
+r"""A domain's connection to its monitor, kept up, and what is known of who answers there.
+
+    DOWN --connected--> GREETED --read--> UP
+     ^ \                 ^     \           |
+     |  held by another  |      +--silent--+--> HUNG
+     |  v                +-------- answered -----/
+     | BUSY
+     +------------------------- cut ------- from GREETED, UP, HUNG
 
 Nothing in here waits for QEMU: attempts to connect and heartbeats are tasks of their own, begun by `begin` and
 harvested by `end`, so that the actor stays free while QEMU does not answer.
@@ -12,9 +19,9 @@ from enum import Enum, auto
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import Process
+from app.core.evidence import Process, same_process
 from app.core.machine.inputs import Observed
-from app.core.reconcile import same_process
+from app.core.sameness import Sameness
 from app.engine.ports.clock import Clock
 from app.engine.ports.driver import Busy, Declined, Driver, MonitorError, QemuFacts, Runner, Unanswered, Unreachable
 from app.engine.ports.journal import Registration
@@ -34,19 +41,60 @@ RETRY_S: Final = (0.2, 0.5, 1.0)
 """Seconds before the first, second and every later new attempt to connect."""
 
 STABLE_AFTER_S: Final = 3.0
-"""Seconds that a connection has to last, else it counts as an attempt that has failed: somebody who hangs up at once
+"""Seconds that a connection has to last, else it counts as an attempt that has failed: a peer that hangs up at once
 would be called without a pause."""
 
 
-class Change(Enum):
-    """What has happened to the connection."""
+class Phase(Enum):
+    """Where the connection is."""
+
+    DOWN = auto()
+    """There is none: no monitor is registered, nobody answers, or no attempt has ended yet."""
+    BUSY = auto()
+    """There is none, as another client holds the monitor."""
+    GREETED = auto()
+    """It stands, and what the domain shows has not been read over it yet."""
+    UP = auto()
+    """It stands, and the domain shows."""
+    HUNG = auto()
+    """It stands, and QEMU does not answer."""
+
+
+class Signal(Enum):
+    """What moves the connection from one phase to another."""
 
     CONNECTED = auto()
+    REFUSED = auto()
+    """An attempt to connect has failed."""
+    HELD = auto()
+    """An attempt to connect has shown that another client holds the monitor."""
+    READ = auto()
+    SILENT = auto()
+    """A call was not answered in time."""
+    ANSWERED = auto()
+    CUT = auto()
+
+
+PHASES: Final[Mapping[tuple[Phase, Signal], Phase]] = {
+    **{(phase, Signal.CONNECTED): Phase.GREETED for phase in (Phase.DOWN, Phase.BUSY)},
+    **{(phase, Signal.REFUSED): Phase.DOWN for phase in (Phase.DOWN, Phase.BUSY)},
+    **{(phase, Signal.HELD): Phase.BUSY for phase in (Phase.DOWN, Phase.BUSY)},
+    (Phase.GREETED, Signal.READ): Phase.UP,
+    **{(phase, Signal.SILENT): Phase.HUNG for phase in (Phase.GREETED, Phase.UP)},
+    (Phase.HUNG, Signal.ANSWERED): Phase.GREETED,
+    **{(phase, Signal.CUT): Phase.DOWN for phase in (Phase.GREETED, Phase.UP, Phase.HUNG)},
+}
+"""The next phase. A pair that is not in here can't happen."""
+
+
+class Change(Enum):
+    """What has happened to the connection, for the actor."""
+
+    CONNECTED = auto()
+    """QEMU answers, over a new connection or again over the same one; what it shows is to be read."""
     FAILED = auto()
     """One more attempt to connect did not work."""
     HUNG = auto()
-    AWAKE = auto()
-    """QEMU answers again, over the same connection."""
     LOST = auto()
 
 
@@ -66,19 +114,17 @@ class MonitorConnection:
         on_progress: Callable[[], None],
     ) -> None:
         self.domain = registration.id
-        self.monitor: Runner | None = None
+        self.driver = driver
+        self.runner: Runner | None = None
         self.process: Process | None = None
         self.tried = asyncio.Event()
         self.error: Problem | None = None
         self.final_reports: Mapping[str, Observed] = {}
+        self.phase = Phase.DOWN
         self._registration = registration
-        self._driver = driver
         self._clock = clock
         self._hint = hint
         self._on_progress = on_progress
-        self._busy = False
-        self._hung = False
-        self._welcomed = False
         self._guest_running = True
         self._connecting: asyncio.Task[Runner] | None = None
         self._probe: asyncio.Task[bool] | None = None
@@ -91,47 +137,54 @@ class MonitorConnection:
     @property
     def facts(self) -> QemuFacts | None:
         """Who answers, while the connection stands."""
-        return self.monitor.facts if self.monitor else None
+        return self.runner.facts if self.runner else None
 
     @property
     def usable(self) -> Runner | None:
-        """The monitor, if QEMU answers there."""
-        return None if self._hung else self.monitor
+        """The runner, if QEMU answers there."""
+        return None if self.phase is Phase.HUNG else self.runner
 
     def state(self) -> DomainState:
         """The domain's state as it shows from here."""
-        if self.monitor is not None and self._welcomed and not self._hung:
+        if self.phase is Phase.UP:
             return DomainState.RUNNING if self._guest_running else DomainState.PAUSED
-        if self._busy:
+        if self.phase is Phase.BUSY:
             return DomainState.BUSY
         off = self._registration.disks or self._registration.address is None
-        shut = off and self.monitor is None and not self.is_alive()
+        shut = off and self.phase is Phase.DOWN and not self.is_alive()
         return DomainState.SHUTOFF if shut else DomainState.UNREACHABLE
 
     def welcome(self, *, guest_running: bool) -> None:
         """All that a domain shows has been read over the new connection; from now on it shows."""
-        self._welcomed, self._guest_running, self.error = True, guest_running, None
+        self._move(Signal.READ)
+        self._guest_running, self.error = guest_running, None
 
     def is_alive(self, process: Process | None = None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to run still."""
         which = process or self.process
-        return which is not None and self._driver.alive(which) is True
+        return which is not None and self.driver.alive(which) is True
 
     def is_gone(self, process: Process | None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to have ended."""
         which = process or self.process
-        return which is not None and self._driver.alive(which) is False
+        return which is not None and self.driver.alive(which) is False
 
-    def is_with(self, process: Process | None) -> bool:
-        """Whether it is that process that answers, as far as can be told."""
-        return self.monitor is not None and same_process(process, self.process)
+    def is_another(self, process: Process | None) -> bool:
+        """Whether it is known that not that process answers: another does, or nobody."""
+        return self.runner is None or same_process(process, self.process) is Sameness.OTHER
+
+    def has_ended(self, process: Process | None) -> bool:
+        """Whether that process has ended, as far as can be told while another one may answer in its place."""
+        return self.is_gone(process) or (
+            self.runner is not None and self.is_another(process) and not self.is_alive(process)
+        )
 
     def require(self) -> Runner:
-        """The monitor; raises `Refused` where QEMU can't be asked."""
-        monitor = self.usable
-        if monitor is None:
+        """The runner; raises `Refused` where QEMU can't be asked."""
+        runner = self.usable
+        if runner is None:
             raise Refused(self.error or self._unreachable("the domain is off"))
-        return monitor
+        return runner
 
     def refusal(self, error: MonitorError) -> Problem:
         """What to tell a caller whose request met `error`."""
@@ -140,35 +193,35 @@ class MonitorConnection:
     @property
     def deadline(self) -> float:
         """When `begin` has something to begin next, on the clock's seconds."""
-        task = self._connecting if self.monitor is None else self._probe
-        idle = task is not None or (self.monitor is None and self._registration.address is None)
+        task = self._connecting if self.runner is None else self._probe
+        idle = task is not None or (self.runner is None and self._registration.address is None)
         return float("inf") if idle else self._due
 
     @property
     def pending(self) -> bool:
         """Whether `end` has something to harvest."""
         ended = any(task is not None and task.done() for task in (self._connecting, self._probe))
-        return ended or (self.monitor is not None and not self.monitor.connected)
+        return ended or (self.runner is not None and not self.runner.connected)
 
     def probe_soon(self) -> None:
         """Have the next heartbeat begin soon."""
-        if self.monitor is not None and self._welcomed:
+        if self.phase in (Phase.UP, Phase.HUNG):
             self._due = self._clock.monotonic()
 
     def begin(self) -> None:
         """Begin an attempt to connect, or a heartbeat, if it is time for one."""
         if self._clock.monotonic() < self.deadline:
             return
-        if self.monitor is not None:
-            self._probe = asyncio.create_task(_ask_for_life(self.monitor))
+        if self.runner is not None:
+            self._probe = asyncio.create_task(_ask_for_life(self.runner))
             self._probe.add_done_callback(lambda _task: self._on_progress())
         elif self._registration.address is not None:
-            self._connecting = asyncio.create_task(self._driver.connect(self._registration.address, self._hint))
+            self._connecting = asyncio.create_task(self.driver.connect(self._registration.address, self._hint))
             self._connecting.add_done_callback(lambda _task: self._on_progress())
 
     async def end(self) -> Change | None:
         """Take in what was begun and has ended; what that changed."""
-        if self.monitor is not None and not self.monitor.connected:
+        if self.runner is not None and not self.runner.connected:
             return await self._lose("the connection to QEMU ended")
         if self._connecting is not None and self._connecting.done():
             connecting, self._connecting = self._connecting, None
@@ -183,17 +236,19 @@ class MonitorConnection:
                 self._guest_running = probe.result()
             except MonitorError as error:
                 return await self.fail(error)
-            if self._hung:
-                self._hung, self.error = False, None
-                return Change.AWAKE
+            if self.phase is Phase.HUNG:
+                self._move(Signal.ANSWERED)
+                self.error = None
+                return Change.CONNECTED
         return None
 
     async def fail(self, error: MonitorError) -> Change | None:
         """Take in that a call met `error`."""
-        if isinstance(error, Unreachable) and self.monitor is not None:
+        if isinstance(error, Unreachable) and self.runner is not None:
             return await self._lose(str(error))
-        if isinstance(error, Unanswered) and not self._hung:
-            self._hung, self.error = True, self._unreachable(str(error))
+        if isinstance(error, Unanswered) and self.phase in (Phase.GREETED, Phase.UP):
+            self._move(Signal.SILENT)
+            self.error = self._unreachable(str(error))
             return Change.HUNG
         return None
 
@@ -204,21 +259,25 @@ class MonitorConnection:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
             if not self._connecting.cancelled() and self._connecting.exception() is None:
-                self.monitor = self._connecting.result()
-        if self.monitor is not None:
-            await self.monitor.close()
+                self.runner = self._connecting.result()
+        if self.runner is not None:
+            await self.runner.close()
 
-    def _connected(self, monitor: Runner) -> Change:
-        self.monitor, self.process = monitor, monitor.facts.process
-        self._busy, self._hung, self._welcomed = False, False, False
+    def _move(self, signal: Signal) -> None:
+        self.phase = PHASES[self.phase, signal]
+
+    def _connected(self, runner: Runner) -> Change:
+        self._move(Signal.CONNECTED)
+        self.runner, self.process = runner, runner.facts.process
         self._since = self._clock.monotonic()
         self._due = self._since + HEARTBEAT_S
         return Change.CONNECTED
 
     def _connect_failed(self, error: MonitorError) -> Change:
         self._retry()
-        self._busy = isinstance(error, Busy)
-        code = Code.MONITOR_BUSY if self._busy else Code.MONITOR_UNREACHABLE
+        held = isinstance(error, Busy)
+        self._move(Signal.HELD if held else Signal.REFUSED)
+        code = Code.MONITOR_BUSY if held else Code.MONITOR_UNREACHABLE
         self.error = Problem(code=code, detail=f"domain {self._registration.id}: {error}")
         if self.state() is DomainState.SHUTOFF:
             self.error = None
@@ -226,10 +285,11 @@ class MonitorConnection:
 
     async def _lose(self, why: str) -> Change:
         await self._stop_probe()
-        if self.monitor is not None:
-            self.final_reports = dict(self.monitor.final_reports)
-            await self.monitor.close()
-        self.monitor, self._hung = None, False
+        if self.runner is not None:
+            self.final_reports = dict(self.runner.final_reports)
+            await self.runner.close()
+        self._move(Signal.CUT)
+        self.runner = None
         self.error = self._unreachable(why)
         if self._clock.monotonic() < self._since + STABLE_AFTER_S:
             self._retry()
@@ -251,9 +311,9 @@ class MonitorConnection:
         return Problem(code=Code.MONITOR_UNREACHABLE, detail=f"domain {self._registration.id}: {why}")
 
 
-async def _ask_for_life(monitor: Runner) -> bool:
+async def _ask_for_life(runner: Runner) -> bool:
     try:
         async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
-            return await monitor.guest_running()
+            return await runner.guest_running()
     except TimeoutError:
         raise Unanswered(f"QEMU has not answered for {HEARTBEAT_TIMEOUT_S:.0f} s") from None

@@ -6,42 +6,43 @@ from app.core.chain import Disk, matching_disks
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
 from app.engine.connection import MonitorConnection
+from app.engine.known import KnownDisks
 from app.engine.ports.images import Images
 from app.engine.ports.journal import Registration
 from app.engine.views import DomainState
 
 
 class DomainDisks:
-    """The disks of one domain; `known` is how they were when they were last read."""
+    """The disks of one domain."""
 
-    def __init__(self, registration: Registration, connection: MonitorConnection, images: Images) -> None:
-        self.known: tuple[Disk, ...] = ()
+    def __init__(
+        self, registration: Registration, connection: MonitorConnection, images: Images, known: KnownDisks
+    ) -> None:
         self._registration = registration
         self._connection = connection
         self._images = images
+        self._known = known
+
+    @property
+    def known(self) -> tuple[Disk, ...]:
+        """The disks as they were last read."""
+        return self._known.of(self._registration.id)
 
     async def read(self) -> tuple[Disk, ...]:
-        """All disks as they are now. Raises `Refused` where they can't be read, and what a monitor's call raises."""
+        """All disks as they are now. Raises `Refused` where they can't be read, and what a runner's call raises."""
         if self._connection.state() is DomainState.SHUTOFF:
-            return await self.read_offline()
-        monitor = self._connection.require()
-        self.known = () if monitor.facts.missing else await monitor.disks()
+            return await self.read_off()
+        runner = self._connection.require()
+        self._known.note(self._registration.id, () if runner.facts.missing else await runner.disks())
         return self.known
 
-    async def read_offline(self) -> tuple[Disk, ...]:
-        """The registered disks, from their headers; the link's error tells of one that can't be read."""
-        disks: list[Disk] = []
-        for name, image in self._registration.disks.items():
-            try:
-                disks.append(await self._images.offline_disk(name, image))
-            except Refused as refused:
-                self._connection.error = refused.problem
-        self.known = tuple(disks)
-        return self.known
+    async def read_off(self) -> tuple[Disk, ...]:
+        """The registered disks, from their headers."""
+        return await self._known.read_off(self._registration.id, self._registration.disks)
 
     def forget(self, name: str) -> None:
         """A disk is not any more what it was when it was read."""
-        self.known = tuple(disk for disk in self.known if disk.name != name)
+        self._known.without(self._registration.id, name)
 
     async def find(self, name: str) -> Disk:
         """The one disk that answers to `name`; raises `Refused` for none or several."""
@@ -66,8 +67,10 @@ class DomainDisks:
 
 def disk_of(job: Job, disks: tuple[Disk, ...]) -> Disk | None:
     """The disk that the job works on, whatever it is called by now."""
-    work = job.work
+    record = job.spec.disk
     for disk in disks:
-        if (work.qdev is not None and disk.qdev == work.qdev) or (work.backend and disk.backend == work.backend):
+        if (record.qdev is not None and disk.qdev == record.qdev) or (
+            record.backend and disk.backend == record.backend
+        ):
             return disk
     return None

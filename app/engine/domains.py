@@ -1,59 +1,58 @@
-"""Which domains there are: one actor for each, started, watched and stopped here."""
+"""The directory of domains: it alone creates, replaces and forgets them, one change at a time for each id."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
-from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
-from app.engine.actor import Actor
+from app.engine.actor import Actor, ActorClosed
 from app.engine.ports.discovery import Discovery
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent
 from app.engine.ports.journal import JournalFull, Registration
 from app.engine.shared import Shared
-from app.engine.views import DomainState
 
 log = structlog.get_logger(__name__)
 
-FIRST_TRY: Final = 2.0
+FIRST_TRY_S: Final = 2.0
 """Seconds that a registration waits for the first attempt to connect, so that its answer shows a state."""
 
-STOP: Final = 2.0
+STOP_S: Final = 2.0
 """Seconds that the actors get at shutdown to end what they are doing; the service as a whole has 5."""
 
-DAY: Final = 24 * 3600
+REVIVE_S: Final = 1.0
+"""Seconds after which an actor that met a defect of ours is started anew."""
+
+PRUNE_S: Final = 3600
+DAY_MS: Final = 24 * 3600 * 1000
+
+SHUTTING_DOWN: Final = Problem(code=Code.SHUTTING_DOWN, detail="the service is shutting down")
+
+T = TypeVar("T")
 
 
 class DomainDirectory:
-    """Starts and stops actors as domains come and go."""
+    """Every known domain, each with one actor."""
 
     def __init__(self, shared: Shared, discovery: Discovery, *, retention_days: int) -> None:
         self.actors: dict[str, Actor] = {}
         self._shared = shared
         self._discovery = discovery
-        self._retention = retention_days * DAY * 1000
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._retention = retention_days * DAY_MS
+        self._runs: dict[str, asyncio.Task[None]] = {}
         self._own: list[asyncio.Task[None]] = []
-        self._found: Mapping[str, str] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._changes: dict[str, asyncio.Task[None]] = {}
         self._forgotten: set[str] = set()
-        shared.disks = self._known_disks
-        shared.read_off = self._read_off
-
-    def _known_disks(self) -> Mapping[str, tuple[Disk, ...]]:
-        return {id_: actor.disks.known for id_, actor in self.actors.items()}
-
-    async def _read_off(self) -> None:
-        for actor in list(self.actors.values()):
-            if actor.connection.state() is DomainState.SHUTOFF:
-                await actor.disks.read_offline()
+        self._stopping = False
 
     async def start(self) -> None:
         """Bring back what the journal knows: the registered domains, and every domain with an unfinished job."""
@@ -65,22 +64,23 @@ class DomainDirectory:
         registered = {registration.id: registration for registration in await self._shared.journal.registrations()}
         for id_ in jobs:
             if id_ not in registered:
-                path = self._discovery.path_of(id_)
-                address = Address(unix=path) if path else None
-                registered[id_] = Registration(id=id_, address=address, discovered=True)
+                registered[id_] = Registration(id=id_, address=self._discovered_at(id_), discovered=True)
+        self._shared.known.load(await self._shared.journal.uses())
         for id_, registration in registered.items():
             self._launch(registration, tuple(jobs.get(id_, ())))
-        self._own = [asyncio.create_task(self._discover()), asyncio.create_task(self._prune())]
+        tasks = self._shared.tasks
+        self._own = [tasks.start("discovery", self._discover()), tasks.start("pruning", self._prune())]
 
     async def stop(self) -> None:
         """End all actors; their jobs go on in QEMU and are found again at the next start."""
-        for task in self._own:
+        self._stopping = True
+        for task in (*self._own, *self._changes.values()):
             task.cancel()
         for actor in self.actors.values():
             actor.stop()
-        tasks = [*self._own, *self._tasks.values()]
+        tasks = [*self._own, *self._changes.values(), *self._runs.values()]
         if tasks:
-            _done, late = await asyncio.wait(tasks, timeout=STOP)
+            _done, late = await asyncio.wait(tasks, timeout=STOP_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,67 +97,129 @@ class DomainDirectory:
             )
         return actor
 
+    async def call(self, domain: str, run: Callable[[Actor], Awaitable[T]]) -> T:
+        """Have the actor of a domain do `run`, whichever actor that is when its turn comes. Raises `Refused`."""
+        while True:
+            actor = self.find(domain)
+            try:
+                return await actor.call(lambda actor=actor: run(actor))
+            except ActorClosed:
+                if self._stopping:
+                    raise Refused(SHUTTING_DOWN) from None
+            # It is being replaced or forgotten; who does that holds the lock until it is done.
+            async with self._alone(domain):
+                pass
+            if self.actors.get(domain) is actor:
+                # It has met a defect, and is started anew in a moment.
+                await asyncio.sleep(REVIVE_S)
+
+    # Changes ----------------------------------------------------------------------------------------------------------
+
+    def _alone(self, domain: str) -> asyncio.Lock:
+        """The lock under which a domain is created, replaced or forgotten. It lives as long as somebody has it."""
+        lock = self._locks.get(domain)
+        if lock is None:
+            lock = self._locks[domain] = asyncio.Lock()
+        return lock
+
     async def register(self, registration: Registration) -> tuple[Actor, bool]:
         """Keep a registration and start its actor: (actor, whether the domain is new). Raises `JournalFull`."""
-        old = self.actors.get(registration.id)
-        if registration.address is None and not registration.disks:
-            path = self._discovery.path_of(registration.id)
-            registration = replace(registration, address=Address(unix=path) if path else None)
-        await self._shared.journal.register(registration)
-        jobs = old.jobs if old else ()
-        if old is not None:
-            await self._end(old)
-            jobs = tuple(job for job in await self._shared.journal.unfinished() if job.domain == registration.id)
-        self._forgotten.discard(registration.id)
-        actor = self._launch(registration, jobs)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_TRY):
+        id_ = registration.id
+        async with self._alone(id_):
+            old = self.actors.get(id_)
+            if registration.address is None and not registration.disks:
+                registration = replace(registration, address=self._discovered_at(id_))
+            await self._shared.journal.register(registration)
+            jobs: tuple[Job, ...] = ()
+            if old is not None:
+                await self._end(old)
+                try:
+                    jobs = await self._unfinished_of(id_)
+                except BaseException:
+                    self._revive_later(old, registration)
+                    raise
+            self._forgotten.discard(id_)
+            actor = self._launch(registration, jobs)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_TRY_S):
                 await actor.connection.tried.wait()
+        # Somebody else may have registered it anew meanwhile.
+        actor = self.actors.get(id_, actor)
         if old is None:
             await self._tell(DomainEvent.ADDED, actor)
         return actor, old is None
 
     async def forget(self, domain: str) -> None:
         """Forget a domain; nothing of it is touched. Raises `Refused` while it has unfinished jobs."""
-        actor = self.find(domain)
-        if actor.jobs:
-            job = actor.jobs[0]
-            raise Refused(
-                Problem(
-                    code=Code.JOB_CONFLICT,
-                    detail=f"the job {job.id} works on {domain}/{job.disk}; wait for its end, or abort it",
-                    extra={"job": job.id},
-                )
-            )
-        await self._shared.journal.unregister(domain)
-        # Its socket may still be there: it is found again once it has gone and come back.
-        self._forgotten.add(domain)
-        await self._remove(actor)
+        while True:
+            async with self._alone(domain):
+                actor = self.find(domain)
+                try:
+                    await actor.call(lambda actor=actor: actor.retire(self._unregister))
+                except ActorClosed:
+                    if self._stopping:
+                        raise Refused(SHUTTING_DOWN) from None
+                else:
+                    # Its socket may still be there: it is found again once it has gone and come back.
+                    self._forgotten.add(domain)
+                    await self._remove(actor)
+                    self._shared.known.forget(domain)
+                    return
+            # It has met a defect; what it has to say about its jobs is known once it is started anew.
+            await asyncio.sleep(REVIVE_S)
 
-    def _launch(self, registration: Registration, jobs: tuple[Job, ...]) -> Actor:
-        actor = self.actors[registration.id] = Actor(registration, self._shared, jobs)
-        self._tasks[registration.id] = asyncio.create_task(self._run(actor))
+    async def _unregister(self, domain: str) -> None:
+        await self._shared.journal.unregister(domain)
+        await self._shared.journal.forget_uses(domain)
+
+    def _discovered_at(self, domain: str) -> Address | None:
+        path = self._discovery.path_of(domain)
+        return Address(unix=path) if path else None
+
+    async def _unfinished_of(self, domain: str) -> tuple[Job, ...]:
+        return tuple(job for job in await self._shared.journal.unfinished() if job.domain == domain)
+
+    def _launch(self, registration: Registration, jobs: Sequence[Job]) -> Actor:
+        actor = self.actors[registration.id] = Actor(registration, self._shared, tuple(jobs))
+        self._runs[registration.id] = self._shared.tasks.start(f"domain {registration.id}", self._run(actor))
         return actor
 
     async def _run(self, actor: Actor) -> None:
         try:
             await actor.run()
-        except Exception:
-            # A defect in here must not take the domain's jobs with it: they are in the journal and in QEMU.
-            log.exception("actor failed", domain=actor.id)
-            await asyncio.sleep(1)
-            if self.actors.get(actor.id) is actor:
-                jobs = [job for job in await self._shared.journal.unfinished() if job.domain == actor.id]
-                self._launch(actor.registration, tuple(jobs))
+        except Exception as error:  # noqa: BLE001 - a defect in here must not take the domain's jobs with it
+            self._shared.tasks.note_death(f"domain {actor.id}", error)
+            self._revive_later(actor, actor.registration)
+
+    def _revive_later(self, actor: Actor, registration: Registration) -> None:
+        if not self._stopping:
+            self._changes[actor.id] = asyncio.create_task(self._revive(actor, registration))
+
+    async def _revive(self, actor: Actor, registration: Registration) -> None:
+        """Start an actor anew that met a defect: its jobs are in the journal and in QEMU."""
+        try:
+            while True:
+                await asyncio.sleep(REVIVE_S)
+                try:
+                    async with self._alone(actor.id):
+                        if self.actors.get(actor.id) is actor:
+                            self._launch(registration, await self._unfinished_of(actor.id))
+                except Exception as error:  # noqa: BLE001 - the journal may be what can't be read now
+                    log.error("domain not started anew", domain=actor.id, error=repr(error))
+                else:
+                    return
+        finally:
+            self._changes.pop(actor.id, None)
 
     async def _end(self, actor: Actor) -> None:
         actor.stop()
-        await asyncio.wait([self._tasks[actor.id]])
+        await asyncio.wait([self._runs[actor.id]])
 
     async def _remove(self, actor: Actor) -> None:
         await self._end(actor)
         del self.actors[actor.id]
-        del self._tasks[actor.id]
+        del self._runs[actor.id]
+        self._shared.known.drop(actor.id)
         await self._tell(DomainEvent.REMOVED, actor)
 
     async def _tell(self, event: DomainEvent, actor: Actor) -> None:
@@ -166,18 +228,35 @@ class DomainDirectory:
         except JournalFull as error:
             log.error("event not stored", domain=actor.id, event_type=event.value, error=str(error))
 
+    # By itself --------------------------------------------------------------------------------------------------------
+
     async def _discover(self) -> None:
         async for found in self._discovery.looks():
             self._forgotten &= set(found)
-            self._found = found
-            for id_, path in found.items():
-                if id_ not in self.actors and id_ not in self._forgotten:
-                    actor = self._launch(Registration(id=id_, address=Address(unix=path), discovered=True), ())
-                    await self._tell(DomainEvent.ADDED, actor)
-            for actor in list(self.actors.values()):
-                # A job's outcome may still have to be read from the images: the domain stays until a look after that.
-                if actor.registration.discovered and actor.id not in found and not actor.jobs:
-                    await self._remove(actor)
+            appeared = {id_ for id_ in found if id_ not in self.actors and id_ not in self._forgotten}
+            # A job's outcome may still have to be read from the images: the domain stays until a look after that.
+            gone = {
+                id_
+                for id_, actor in self.actors.items()
+                if actor.registration.discovered and id_ not in found and not actor.jobs
+            }
+            for id_ in (appeared | gone) - self._changes.keys():
+                # A domain whose QEMU hangs takes its time to end; that holds up no other one.
+                self._changes[id_] = self._shared.tasks.start(f"discovery of {id_}", self._adjust(id_, found))
+
+    async def _adjust(self, id_: str, found: Mapping[str, str]) -> None:
+        try:
+            async with self._alone(id_):
+                actor = self.actors.get(id_)
+                if id_ in found and actor is None and id_ not in self._forgotten:
+                    registration = Registration(id=id_, address=Address(unix=found[id_]), discovered=True)
+                    await self._tell(DomainEvent.ADDED, self._launch(registration, ()))
+                elif id_ not in found and actor is not None and actor.registration.discovered:
+                    with suppress(Refused, ActorClosed):
+                        await actor.call(actor.retire)
+                        await self._remove(actor)
+        finally:
+            self._changes.pop(id_, None)
 
     async def _prune(self) -> None:
         while True:
@@ -185,4 +264,4 @@ class DomainDirectory:
                 await self._shared.journal.prune(self._shared.clock.now() - self._retention)
             except JournalFull as error:
                 log.error("not pruned", error=str(error))
-            await asyncio.sleep(DAY / 24)
+            await asyncio.sleep(PRUNE_S)

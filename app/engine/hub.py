@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import ENDINGS
+from app.core.states import ENDINGS
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import EventFilter, StoredEvent
 from app.engine.ports.journal import Journal

@@ -3,99 +3,57 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
 import structlog
 
-from app.core.adopt import adopt
-from app.core.errors import Code, Problem
-from app.core.job import (
-    WITH_QEMU,
-    Command,
-    EventType,
-    Intent,
-    Job,
-    JobType,
-    NotDeleted,
-    Proof,
-    Result,
-    State,
-    Verdict,
-)
-from app.core.machine.inputs import (
-    Accepted,
-    Checked,
-    CleanedUp,
-    CompleteDeclined,
-    CompleteTaken,
-    Gone,
-    Input,
-    Launch,
-    Observed,
-    Rejected,
-)
-from app.core.machine.reports import Step, StoredVersion
+from app.core.job import Job, adopted
+from app.core.kinds import adopt, kind_of
+from app.core.machine.inputs import Gone, Input, Launch
+from app.core.machine.step import Step, StoredVersion
 from app.core.machine.table import start_job, step
-from app.core.progress import Meter
-from app.core.reconcile import leftovers, prove, prove_by_header, reconcile, strays
+from app.core.marks import mark_change
+from app.core.reconcile import leftovers, orphans, reconcile
+from app.core.states import WITH_QEMU, Command, DataState, EventType, State
 from app.engine.connection import MonitorConnection
-from app.engine.disks import DomainDisks, disk_of
-from app.engine.ports.driver import Declined, MonitorError, Runner
-from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull
+from app.engine.executor import Executor, LiveJob
+from app.engine.ports.driver import MonitorError, Runner
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull, NewJob
 from app.engine.ports.outbox import Webhook
 from app.engine.shared import Shared
 
 log = structlog.get_logger(__name__)
 
-PROGRESS: Final = 0.5
+PROGRESS_S: Final = 0.5
 """The fewest seconds between two reports of a job's progress."""
 
-
-READING: Final = frozenset({Command.CHECK_CHAIN, Command.CHECK_IMAGES})
+READING: Final = frozenset({Command.GATHER})
 """Commands that change nothing anywhere."""
 
 
 class DomainJobs:
     """The unfinished jobs of one domain. Only the domain's actor calls it.
 
-    `monitor_error` is what a monitor's call has met in the middle of a job's move. The actor deals with it afterwards,
-    as that may move jobs in turn. `look_soon` says that QEMU is to be asked again without waiting for the next poll.
+    `look_soon` says that QEMU is to be asked again without waiting for the next poll.
     """
 
     def __init__(
         self,
         shared: Shared,
         connection: MonitorConnection,
-        disks: DomainDisks,
+        executor: Executor,
         jobs: tuple[Job, ...],
         wake: Callable[[], None],
     ) -> None:
-        self.monitor_error: MonitorError | None = None
         self.look_soon = False
         self._shared = shared
         self._connection = connection
-        self._disks = disks
+        self._executor = executor
         self._wake = wake
-        self._jobs = {job.id: job for job in jobs}
-        self._planned_now: set[str] = set()
-        self._on_disk: set[str] = set()
-        self._strays: list[str] = []
-        self._meters: dict[str, Meter] = {}
-        self._progress_due: dict[str, float] = {}
-        self._paused_since: dict[str, float] = {}
-        self._carry: Final[dict[Command, Callable[[Runner, Job], Awaitable[Input | None]]]] = {
-            Command.START: self._start,
-            Command.COMPLETE: self._complete,
-            Command.CANCEL: self._cancel,
-            Command.CANCEL_FORCE: self._cancel_force,
-            Command.FINALIZE: self._finalize,
-            Command.PAUSE: self._pause,
-            Command.RESUME: self._resume,
-            Command.SET_SPEED: self._set_speed,
-            Command.CHECK_CHAIN: self._check_chain,
-        }
+        self._live = {job.id: LiveJob(job) for job in jobs}
+        self._orphans: list[str] = []
         for job in jobs:
             shared.live[job.id] = job
             if job.state is not State.QUEUED:
@@ -103,16 +61,17 @@ class DomainJobs:
 
     def all(self) -> tuple[Job, ...]:
         """The unfinished jobs, oldest first."""
-        return tuple(self._jobs.values())
+        return tuple(live.job for live in self._live.values())
 
     @property
     def needs_polling(self) -> bool:
         """Whether there is something to look at again without being told to."""
-        return bool(self._jobs or self._strays)
+        return bool(self._live or self._orphans)
 
     async def find(self, job_id: str) -> Job | None:
         """A job of any state."""
-        return self._jobs.get(job_id) or await self._shared.journal.job(job_id)
+        live = self._live.get(job_id)
+        return live.job if live else await self._shared.journal.job(job_id)
 
     def release(self) -> None:
         """Forget the jobs without a change to them: they go on in QEMU, and are in the journal."""
@@ -131,23 +90,24 @@ class DomainJobs:
 
         Raises `JobConflict` and `JournalFull`; there is no job then.
         """
-        # A job that waits is one of this QEMU's too, and ends with it.
-        job = replace(job, process=self._connection.process)
         first = start_job(job)
         if self._shared.budget.claim(job.id, self._wake):
-            launched = step(job, Launch(self._connection.process), self._shared.clock.now())
-            first = Step(launched.job, first.told + launched.told, launched.commands)
+            first = first.then(step(job, Launch(self._connection.process), self._shared.clock.now()))
         try:
-            await self._shared.journal.add_job(first.told, key, callback)
+            claims = kind_of(job.spec).claims(job.spec, job.domain, job.disk)
+            new = NewJob(versions=first.versions, claims=claims, key=key, callback=callback)
+            await self._shared.journal.add_jobs([new])
         except BaseException:
             self._shared.budget.leave(job.id)
             raise
         job = self._keep(first.job)
         if not first.commands:
             return job
-        self._planned_now.add(job.id)
+        live = self._live[job.id]
+        live.planned_now = True
         try:
-            result = await self._do(job, Command.START)
+            # While it starts there is nothing to see.
+            result = await self._executor.carry_out(job, live, Command.START)
             return await self.advance(job, result) if result is not None else job
         except JournalFull as error:
             # The job is in the journal as starting; the next look finds out what became of it.
@@ -161,7 +121,8 @@ class DomainJobs:
         in between leaves the job as it was, to be seen and read again. Raises `Refused` and `JournalFull`; nothing has
         changed then.
         """
-        job = self._jobs.get(job.id, job)
+        live = self._live.get(job.id) or LiveJob(job)
+        job = stored = live.job
         events: deque[Input] = deque([event])
         unstored: list[tuple[Step, Input]] = []
         while events or unstored:
@@ -172,50 +133,50 @@ class DomainJobs:
                 job, commands = following.job, following.commands
                 unstored.append((following, event))
             if not commands or not READING.issuperset(commands):
-                await self._store(unstored)
+                await self._store(stored, unstored)
                 unstored.clear()
+                stored = job
             for command in commands:
-                result = await self._do(job, command)
+                self.look_soon |= command is not Command.START
+                result = await self._executor.carry_out(job, live, command)
                 if result is not None:
                     events.append(result)
         return job
 
-    async def _store(self, steps: Sequence[tuple[Step, Input]]) -> None:
-        told = [each for following, _ in steps for each in following.told]
-        if told:
-            await self._shared.journal.store(told)
+    async def _store(self, before: Job, steps: Sequence[tuple[Step, Input]]) -> None:
+        versions = [version for following, _ in steps for version in following.versions]
+        if versions:
+            shared, domain = self._shared, self._connection.domain
+            uses = shared.known.unrecorded(domain, shared.clock.now())
+            await shared.journal.store(versions, uses=uses, marks=mark_change(before.data_state, versions[-1].job))
+            shared.known.recorded(uses)
         for following, event in steps:
             self._shared.recovery.note(self._keep(following.job), event)
 
     def _keep(self, job: Job) -> Job:
         if job.ended:
-            self._jobs.pop(job.id, None)
+            self._live.pop(job.id, None)
             self._shared.live.pop(job.id, None)
             self._shared.budget.leave(job.id)
-            self._meters.pop(job.id, None)
-            self._progress_due.pop(job.id, None)
-            self._paused_since.pop(job.id, None)
-            self._planned_now.discard(job.id)
-            self._on_disk.discard(job.id)
         else:
-            self._jobs[job.id] = self._shared.live[job.id] = job
+            live = self._live.setdefault(job.id, LiveJob(job))
+            live.job = self._shared.live[job.id] = job
         self._shared.hub.note_move()
         return job
 
     # Looking ----------------------------------------------------------------------------------------------------------
 
     async def look(self) -> None:
-        """Bring the journal's jobs and QEMU's together. Raises what a monitor's call raises, and `JournalFull`."""
+        """Bring the journal's jobs and QEMU's together. Raises what a runner's call raises, and `JournalFull`."""
         self.look_soon = False
-        monitor = self._connection.usable
-        if monitor is None:
-            await self.find_gone()
-            return
         await self.find_gone()
-        if self._strays:
-            await self._adopt(monitor)
+        runner = self._connection.usable
+        if runner is None:
+            return
+        if self._orphans:
+            await self._adopt(runner)
         if any(job.state is not State.QUEUED for job in self.all()):
-            await self._observe(monitor)
+            await self._observe(runner)
         for job in self.all():
             if job.state is State.QUEUED and self._shared.budget.claim(job.id, self._wake):
                 await self.advance(job, Launch(self._connection.process))
@@ -226,15 +187,16 @@ class DomainJobs:
         Another QEMU that answers in its place says nothing of them.
         """
         for job in self.all():
-            if not self._connection.is_with(job.process) and self._connection.is_gone(job.process):
+            process = job.control.process
+            if self._connection.is_another(process) and self._connection.is_gone(process):
                 await self._end_with_qemu(job)
 
     async def _end_with_qemu(self, job: Job) -> Job:
         said = self._connection.final_reports.get(job.id)
         if said is not None and job.state in WITH_QEMU:
             # QEMU told of the job's end before its own; nobody could ask it about that any more.
-            await self.advance(job, said)
-        return await self.advance(job, Gone())
+            job = await self.advance(job, said)
+        return job if job.ended else await self.advance(job, Gone())
 
     async def find_orphans(self) -> None:
         """Of a QEMU that has just been connected to: which of its jobs are ours.
@@ -242,196 +204,64 @@ class DomainJobs:
         Those whose end is stored are forgotten: the service died before it could say so. Those without a record are
         adopted at the next look.
         """
-        monitor = self._connection.require()
-        seen = await monitor.observe()
+        runner = self._connection.require()
+        seen = await runner.observe()
         records = {id_: job for id_ in seen if (job := await self.find(id_)) is not None}
         for id_ in leftovers(seen, records):
-            await monitor.conclude(id_)
-        self._strays = strays(seen, records)
+            await runner.conclude(id_)
+        self._orphans = orphans(seen, records)
 
-    async def _adopt(self, monitor: Runner) -> None:
-        todo, self._strays = self._strays, []
+    async def _adopt(self, runner: Runner) -> None:
+        todo, self._orphans = self._orphans, []
+        domain = self._connection.domain
         for id_ in todo:
             try:
-                stray = await monitor.orphan(id_)
-                if stray is None:
-                    self._shared.recovery.unknown(id_, self._connection.domain)
+                orphan = await runner.orphan(id_)
+                plan = adopt(orphan) if orphan is not None else None
+                if plan is None:
+                    self._shared.recovery.unknown(id_, domain)
                     continue
-                now, process = self._shared.clock.now(), monitor.facts.process
-                job = adopt(stray, id_=id_, domain=self._connection.domain, process=process, now=now)
-                await self._shared.journal.add_job([StoredVersion(EventType.ADOPTED, job)])
+                now, process = self._shared.clock.now(), runner.facts.process
+                job = adopted(plan, id_=id_, domain=domain, process=process, now=now)
+                # The marks first: a record without them would promise that the layers are right.
+                if (marks := mark_change(DataState.UNTOUCHED, job)) is not None:
+                    await self._shared.journal.change_marks(marks)
+                claims = kind_of(job.spec).claims(job.spec, domain, job.disk)
+                new = NewJob(versions=[StoredVersion(EventType.ADOPTED, job)], claims=claims)
+                await self._shared.journal.add_jobs([new])
             except (MonitorError, JobConflict, JournalFull) as error:
                 # The journal may have another unfinished job on this disk, whose end is to be found first.
-                log.warning("not adopted yet", domain=self._connection.domain, job=id_, error=str(error))
-                self._strays.append(id_)
+                log.warning("not adopted yet", domain=domain, job=id_, error=str(error))
+                self._orphans.append(id_)
             else:
                 self._shared.budget.occupy(id_)
                 self._shared.recovery.adopted(self._keep(job))
 
-    async def _observe(self, monitor: Runner) -> None:
+    async def _observe(self, runner: Runner) -> None:
         now = self._shared.clock.monotonic()
-        seen = {id_: self._metered(id_, state, now) for id_, state in (await monitor.observe()).items()}
-        for job in self.all():
-            if job.id not in seen and job.id in monitor.final_reports and job.state in WITH_QEMU:
+        process = self._connection.process
+        seen = dict(await runner.observe())
+        for id_, live in self._live.items():
+            if id_ in seen:
+                seen[id_] = replace(live.metered(seen[id_], now), process=process)
+            elif id_ in runner.final_reports and live.job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.
-                seen[job.id] = monitor.final_reports[job.id]
+                seen[id_] = runner.final_reports[id_]
         # A QEMU that lives on without its monitor goes on with its jobs.
         asked = [
             job
             for job in self.all()
-            if self._connection.is_with(job.process) or not self._connection.is_alive(job.process)
+            if not self._connection.is_another(job.control.process)
+            or not self._connection.is_alive(job.control.process)
         ]
-        for job, event in reconcile(asked, seen, self._connection.process):
+        for job, event in reconcile(asked, seen, process):
             after = await (self._end_with_qemu(job) if isinstance(event, Gone) else self.advance(job, event))
-            moved = after.version == job.version and after.progress != job.progress
-            # Hints and requests make looks more frequent than what is promised to subscribers.
-            if moved and after.state in WITH_QEMU and now >= self._progress_due.get(job.id, 0.0):
-                self._progress_due[job.id] = now + PROGRESS
-                self._shared.publish_progress(after)
+            self._tell_progress(job, after, now)
 
-    def _metered(self, id_: str, seen: Observed, now: float) -> Observed:
-        if id_ not in self._jobs:
-            return seen
-        self._meters[id_], progress = self._meters.get(id_, Meter()).measure(seen.progress, now)
-        seen = replace(seen, progress=progress, process=self._connection.process)
-        if seen.status not in ("paused", "standby"):
-            self._paused_since.pop(id_, None)
-            return seen
-        since = self._paused_since.setdefault(id_, now)
-        return replace(seen, paused_for=now - since)
-
-    # Acting -----------------------------------------------------------------------------------------------------------
-
-    async def _do(self, job: Job, command: Command) -> Input | None:
-        """Carry out a command; the event that follows, or None where the next look will tell."""
-        # While it starts, and is not ready or at its end, there is nothing to see but how far it is.
-        self.look_soon |= command is not Command.START
-        try:
-            if command is Command.CHECK_IMAGES:
-                return await self._check_images(job)
-            if command is Command.CLEAN_UP:
-                return await self._clean_up(job)
-            monitor = self._connection.usable
-            if monitor is None or self.monitor_error is not None:
-                return None
-            return await self._carry[command](monitor, job)
-        except Declined as declined:
-            log.warning("qemu declined", domain=job.domain, job=job.id, command=command.value, error=str(declined))
-        except MonitorError as error:
-            log.warning("command unanswered", domain=job.domain, job=job.id, command=command.value, error=str(error))
-            self.monitor_error = error
-        return None
-
-    async def _start(self, monitor: Runner, job: Job) -> Input:
-        if job.id not in self._planned_now:
-            # It has waited, in the queue or over a restart: the chain may be another one by now.
-            disk = disk_of(job, await self._disks.read())
-            if disk is None or disk.nodes != job.work.nodes or disk.digest != job.work.digest:
-                return Rejected(
-                    Problem(
-                        code=Code.CHAIN_CHANGED,
-                        detail=f"the chain of {job.disk} is not the one that the job was accepted for; read the disk "
-                        "again and send the request again",
-                    )
-                )
-        try:
-            await monitor.start(job)
-        except Declined as declined:
-            return Rejected(declined.problem)
-        return Accepted(monitor.facts.process)
-
-    async def _complete(self, monitor: Runner, job: Job) -> Input:
-        try:
-            await monitor.pivot(job.id)
-        except Declined as declined:
-            return CompleteDeclined(declined.problem)
-        return CompleteTaken()
-
-    async def _cancel(self, monitor: Runner, job: Job) -> None:
-        await monitor.abort(job.id, force=False)
-
-    async def _cancel_force(self, monitor: Runner, job: Job) -> None:
-        await monitor.abort(job.id, force=True)
-
-    async def _finalize(self, monitor: Runner, job: Job) -> None:
-        # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
-        if await self._flushed(monitor, job):
-            # A pending job has written all that it will ever write.
-            self._on_disk.add(job.id)
-        await monitor.finalize(job.id)
-
-    async def _pause(self, monitor: Runner, job: Job) -> None:
-        await monitor.pause(job.id)
-
-    async def _resume(self, monitor: Runner, job: Job) -> None:
-        await monitor.resume(job.id)
-
-    async def _set_speed(self, monitor: Runner, job: Job) -> None:
-        await monitor.set_speed(job.id, job.bandwidth)
-
-    async def _check_chain(self, monitor: Runner, job: Job) -> Input:
-        disk = disk_of(job, await self._disks.read())
-        if disk is None:
-            # It has been unplugged; what was merged below the active layer shows in a header all the same.
-            return await self._check_images(job) if job.overlay else Checked(Proof.UNKNOWN)
-        proof = prove(job, disk.nodes, nodes=True)
-        unsure = proof is Proof.MERGED and job.type is JobType.COMMIT and job.id not in self._on_disk
-        return Checked(proof, disk.files, flushed=not unsure or await self._flushed(monitor, job))
-
-    async def _flushed(self, monitor: Runner, job: Job) -> bool:
-        """Have all that is merged below the active layer on the disk: else it would be lost if QEMU were killed.
-
-        QEMU sees to that itself before a pivot. Below the active layer it does so after it has changed the header, and
-        only if it makes the base read-only again, which it is not if a merge into it was aborted before.
-        """
-        try:
-            await monitor.flush(job.work.nodes[job.work.base])
-        except Declined as declined:
-            log.warning("base not flushed", domain=job.domain, job=job.id, error=str(declined))
-            return False
-        return True
-
-    async def _check_images(self, job: Job) -> Input:
-        below = None
-        if job.overlay is not None:
-            below = await self._shared.images.backing_of(job.overlay, job.work.identity(job.overlay))
-        proof = prove_by_header(job, *below) if below else prove_by_header(job, None)
-        return Checked(proof, flushed=False)
-
-    async def _sees_as_qemu_did(self, job: Job) -> bool:
-        """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
-
-        Without that a file that can't be found is not known to be gone.
-        """
-        seen = await self._shared.images.identities([job.base], None)
-        return job.base in seen and seen[job.base] == job.work.identity(job.base)
-
-    async def _clean_up(self, job: Job) -> Input | None:
-        work, images = job.work, self._shared.images
-        merged = job.ending is State.COMPLETED
-        kept = job.intent is Intent.KEEP
-        monitor = self._connection.usable
-        ended = job.verdict is Verdict.GONE or self._connection.is_gone(job.process)
-        if ended:
-            chain = work.chain[: work.top] + work.chain[work.base :] if merged and not kept else work.chain
-            if merged and self._connection.monitor is None:
-                self._disks.forget(job.disk)
-        elif monitor is None or self.monitor_error is not None:
-            return None
-        else:
-            # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
-            # stored, so nothing is lost if the service ends in between: all of this is done again then.
-            await monitor.conclude(job.id, work.release if merged and not kept else ())
-            # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
-            disk = disk_of(job, self._disks.known)
-            chain = disk.files if disk else work.chain
-        if merged and work.deletes:
-            await self._shared.read_off()
-        to_delete = {file: work.identity(file) for file in work.deletes if merged}
-        if ended and to_delete and not await self._sees_as_qemu_did(job):
-            why = "QEMU saw other files under these names than the service does, and has ended"
-            deleted, not_deleted = (), tuple(NotDeleted(file=file, reason=why) for file in to_delete)
-        else:
-            deleted, not_deleted = await images.unlink(to_delete, job.process, self._shared.image_user)
-        invalidated = work.invalidates if merged else ()
-        return CleanedUp(Result(chain=chain, invalidated=invalidated, deleted=deleted, not_deleted=not_deleted))
+    def _tell_progress(self, before: Job, after: Job, now: float) -> None:
+        live = self._live.get(after.id)
+        moved = after.version == before.version and after.progress != before.progress
+        # Hints and requests make looks more frequent than what is promised to subscribers.
+        if live is not None and moved and after.state in WITH_QEMU and now >= live.progress_due:
+            live.progress_due = now + PROGRESS_S
+            self._shared.publish_progress(after)

@@ -9,9 +9,10 @@ from typing import Final
 
 import structlog
 
-from app.core.job import Job, State
+from app.core.job import Job
 from app.core.machine.inputs import Accepted, Input, Observed
 from app.core.reconcile import how_proven
+from app.core.states import State
 from app.engine.ports.clock import Clock
 
 log = structlog.get_logger(__name__)

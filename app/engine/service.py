@@ -6,12 +6,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import Job, State
+from app.core.job import Job
+from app.core.kinds import Spec
 from app.core.machine.inputs import Abort, Input, Pause, Pivot, Resolve, Resume, SetSpeed
-from app.core.plan import CommitRequest, Plan
-from app.engine.actor import Actor
+from app.core.machine.table import step
+from app.core.marks import mark_change
+from app.core.plan import Plan
+from app.core.states import State
 from app.engine.domains import DomainDirectory
 from app.engine.idempotency import IdempotencyKeys
 from app.engine.ports.events import EventFilter, StoredEvent
@@ -40,7 +44,7 @@ class Service:
     def __init__(self, shared: Shared, domains: DomainDirectory, webhooks: WebhookUseCases) -> None:
         self.hub = shared.hub
         self.webhooks = webhooks
-        self.once = IdempotencyKeys(shared.journal, shared.clock)
+        self.keys = IdempotencyKeys(shared.journal, shared.clock)
         self._shared = shared
         self._domains = domains
 
@@ -65,34 +69,36 @@ class Service:
 
     async def disks(self, domain: str) -> Sequence[DiskView]:
         """The domain's disks, as they are now."""
-        actor = self._domains.find(domain)
-        return await actor.call(actor.read_disk_views)
+        return await self._domains.call(domain, lambda actor: actor.read_disk_views())
 
     async def disk(self, domain: str, disk: str) -> DiskView:
         """One disk, as it is now."""
-        actor = self._domains.find(domain)
-        return await actor.call(lambda: actor.read_disk_view(disk))
+        return await self._domains.call(domain, lambda actor: actor.read_disk_view(disk))
 
-    # Commit -----------------------------------------------------------------------------------------------------------
+    # Starting jobs ----------------------------------------------------------------------------------------------------
 
-    async def plan_commit(self, domain: str, disk: str, request: CommitRequest) -> Plan:
-        """What a commit would do; nothing changes."""
-        actor = self._domains.find(domain)
-        return await actor.call(lambda: actor.plan(disk, request, exact=True))
+    async def plan(self, kind: str, domain: str, disk: str, request: Any) -> Plan[Spec]:
+        """What a job of that kind would do; nothing changes. `request` is the kind's own."""
+        return await self._domains.call(domain, lambda actor: actor.plan(kind, disk, request, exact=True))
 
-    async def commit(
+    async def start(
         self,
+        kind: str,
         domain: str,
         disk: str,
-        request: CommitRequest,
+        request: Any,
         *,
         who: str,
         key: IdempotencyKey | None = None,
         callback: Webhook | None = None,
     ) -> Job:
-        """Start a commit; `who` is the name of the caller's token, `key` and `callback` are stored with the job."""
-        actor = self._domains.find(domain)
-        return await actor.call(lambda: actor.commit(disk, request, who, key, callback))
+        """Start a job of that kind; `who` is the name of the caller's token.
+
+        `key` and `callback` are stored with the job.
+        """
+        return await self._domains.call(
+            domain, lambda actor: actor.start(kind, disk, request, who=who, key=key, callback=callback)
+        )
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 
@@ -159,12 +165,13 @@ class Service:
 
     async def _steer(self, job_id: str, event: Input) -> tuple[Job, bool]:
         job = await self.job(job_id)
-        actor = self._domains.actors.get(job.domain)
-        if actor is None:
-            # Its domain is forgotten, so the job has ended: what a step says of it needs no monitor.
-            actor = Actor(Registration(id=job.domain), self._shared)
-            return await actor.steer(job_id, event)
-        return await actor.call(lambda: actor.steer(job_id, event))
+        if job.domain in self._domains.actors:
+            return await self._domains.call(job.domain, lambda actor: actor.steer(job_id, event))
+        # Its domain is forgotten, so the job has ended: what a step says of it needs no monitor.
+        following = step(job, event, self._shared.clock.now())
+        if following.versions:
+            await self._shared.journal.store(following.versions, marks=mark_change(job.data_state, following.job))
+        return following.job, bool(following.versions)
 
     # Streams and health -----------------------------------------------------------------------------------------------
 
@@ -178,7 +185,12 @@ class Service:
 
     async def readiness(self) -> Mapping[str, str | None]:
         """Each check with None, or with why the service should get no requests."""
-        return {"journal": await self._shared.journal.check(), "shutdown": "in progress" if self.hub.closed else None}
+        died = self._shared.tasks.died
+        return {
+            "journal": await self._shared.journal.check(),
+            "shutdown": "in progress" if self.hub.closed else None,
+            "tasks": "; ".join(f"{name} died: {error}" for name, error in sorted(died.items())) or None,
+        }
 
     def recovery(self) -> Recovery:
         """What was found after the start."""

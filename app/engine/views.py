@@ -1,4 +1,4 @@
-"""DomainDirectory and disks as the outside sees them."""
+"""Domains and disks as the outside sees them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class DomainState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainView:
-    """A domain, with what is known of its QEMU; `disks` are target names."""
+    """A domain, with what is known of its QEMU; `driver` is its name in the registration, `disks` are target names."""
 
     id: str
     name: str
     uuid: str | None
     state: DomainState
+    driver: str
     version: str | None
     pid: int | None
     managed_by: str | None

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from app.core.job import Process
-from app.core.plan import Selection
+from app.core.chain import Layer
+from app.core.evidence import Process
 from app.engine.ports.images import Measure
 from app.hostfs.process import as_seen_by, stat_of
 from app.hostfs.roots import Roots
@@ -73,9 +73,8 @@ class QemuImg:
                 await process.wait()
 
 
-async def measure(chosen: Selection, process: Process | None, roots: Roots, qemu_img: QemuImg) -> Measure | None:
-    """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
-    layers = chosen.disk.layers[chosen.top : chosen.base + 1]
+async def measure(layers: Sequence[Layer], process: Process | None, roots: Roots, qemu_img: QemuImg) -> Measure | None:
+    """Read the maps of a run of layers, topmost first; None where the tool or the files can't be had in time."""
     paths = [as_seen_by(layer.file, process) for layer in layers]
     readable = all(layer.file.startswith("/") for layer in layers)
     if not readable or not await asyncio.to_thread(lambda: all(roots.allow(path) for path in paths)):
@@ -85,7 +84,7 @@ async def measure(chosen: Selection, process: Process | None, roots: Roots, qemu
     top_map = await qemu_img.map(_stacked(described))
     if base_map is None or top_map is None:
         return None
-    depth, cluster = len(layers) - 1, chosen.base_layer.cluster_size
+    depth, cluster = len(layers) - 1, layers[-1].cluster_size
     taken = [(entry["start"], entry["start"] + entry["length"]) for entry in base_map if entry["data"]]
     copied = [
         (entry["start"], entry["start"] + entry["length"])

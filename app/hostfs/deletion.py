@@ -11,7 +11,7 @@ import stat
 from collections.abc import Mapping
 
 from app.core.chain import Identity
-from app.core.job import Process
+from app.core.evidence import Process
 from app.hostfs.locks import is_locked
 from app.hostfs.process import open_folder
 from app.hostfs.roots import Roots

@@ -92,6 +92,7 @@ def _offline_layer(path: str, expected: str | None, roots: Roots) -> Layer:
         backing=header.backing if header else None,
         backing_format=header.backing_format if header else None,
         identity=(found.st_dev, found.st_ino),
+        device=found.st_rdev if stat.S_ISBLK(found.st_mode) else None,
         folder=os.path.realpath(posixpath.dirname(path)),
         cluster_size=header.cluster_size if header else 65536,
     )

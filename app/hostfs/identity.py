@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import posixpath
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
 from app.core.chain import Disk, Identity, Layer
-from app.core.job import Process
+from app.core.evidence import Process
 from app.hostfs.locks import locked_files
 from app.hostfs.process import as_seen_by, open_files, stat_of
 
@@ -20,10 +21,14 @@ TEMPORARY: Final = "vl."
 
 def identity_of(path: str, process: Process | None) -> Identity | None:
     """The identity of the file that the process calls `path`, links followed; None where it can't be seen."""
+    return _identity_and_device(path, process)[0]
+
+
+def _identity_and_device(path: str, process: Process | None) -> tuple[Identity | None, int | None]:
     with suppress(OSError, ValueError):
         found = stat_of(path, process)
-        return (found.st_dev, found.st_ino)
-    return None
+        return (found.st_dev, found.st_ino), found.st_rdev if stat.S_ISBLK(found.st_mode) else None
+    return None, None
 
 
 def identities(paths: Iterable[str], process: Process | None) -> dict[str, Identity]:
@@ -63,12 +68,14 @@ def _with_file(layer: Layer, process: Process | None, held: frozenset[Identity] 
     if not layer.file.startswith("/"):
         return layer
     folder = os.path.realpath(as_seen_by(posixpath.dirname(layer.file), process))
-    identity = identity_of(layer.file, process)
+    identity, device = _identity_and_device(layer.file, process)
     # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
     plain = posixpath.normpath(layer.file)
     same = identity is not None and identity == identity_of(plain, process)
     known = identity if held is None or identity in held else None
-    return replace(layer, file=plain if same else layer.file, identity=known, folder=folder)
+    return replace(
+        layer, file=plain if same else layer.file, identity=known, device=device if known else None, folder=folder
+    )
 
 
 def _is_temporary(file: str, process: Process | None) -> bool:

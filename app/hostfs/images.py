@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from app.core.chain import Disk, Identity
-from app.core.job import NotDeleted, Process
-from app.core.plan import Selection
+from app.core.chain import Disk, Identity, Layer, NotDeleted
+from app.core.evidence import Process
 from app.engine.ports.images import Measure
 from app.hostfs import allocation, deletion, headers, identity, locks
 from app.hostfs.roots import Roots
@@ -41,9 +40,9 @@ class LocalImages:
         """Whether a process other than `process` holds an image lock on `path`."""
         return await asyncio.to_thread(locks.locked_by_another, path, process) if path.startswith("/") else False
 
-    async def measure(self, chosen: Selection, process: Process | None) -> Measure | None:
-        """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
-        return await allocation.measure(chosen, process, self._roots, self._qemu_img)
+    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
+        """Read the maps of a run of layers, topmost first; None where the tool or the files can't be had in time."""
+        return await allocation.measure(layers, process, self._roots, self._qemu_img)
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
         """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from app.core.chain import Identity
-from app.core.job import Process
+from app.core.evidence import Process
 from app.hostfs.process import alive, borrowed, stat_of
 
 WRITE: Final = 101

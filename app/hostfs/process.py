@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from app.core.chain import Identity
-from app.core.job import Process
+from app.core.evidence import Process
 
 PIDFD_GETFD: Final = 438
 """The number of pidfd_getfd(2), for which Python has no function; it is the same on all of today's architectures."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from typing import Any, Final
 
 from pydantic import TypeAdapter
 
@@ -11,6 +12,24 @@ from app.engine.ports.journal import Registration
 
 _JOB: Final = TypeAdapter(Job)
 _REGISTRATION: Final = TypeAdapter(Registration)
+
+FLAT: Final = "work"
+"""A member that only the first layout has, in which a job was one flat record of a commit (release 0.1)."""
+
+CONTROL: Final = {
+    "intent": "intent",
+    "pivot_asked": "pivot_asked",
+    "pause_wanted": "pause_wanted",
+    "unconfirmed": "unconfirmed",
+    "start_again": "start_again",
+    "rejection": "rejection",
+    "process": "process",
+    "complete_taken": "pivot_taken",
+    "complete_attempts": "pivot_attempts",
+    "verdict": "verdict",
+    "verdict_error": "verdict_error",
+}
+"""What stands in `Job.control` by now, by its name in the first layout."""
 
 
 def encode_job(job: Job) -> str:
@@ -23,7 +42,55 @@ def decode_job(text: str) -> Job:
 
     Raises `pydantic.ValidationError` where it tells of none.
     """
-    return _JOB.validate_json(text)
+    # The text of a job of today is not parsed twice: a member of that name can't stand in it as a key.
+    if f'"{FLAT}":' not in text:
+        return _JOB.validate_json(text)
+    body: dict[str, Any] = json.loads(text)
+    return _JOB.validate_python(_from_flat(body), strict=False) if FLAT in body else _JOB.validate_json(text)
+
+
+def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
+    """A job of the first layout in today's: envelope, spec of a commit, control."""
+    work = old.pop(FLAT)
+    for name in ("type", "top", "base", "overlay"):
+        # They follow from the spec.
+        del old[name]
+    files, nodes = work["chain"], work["nodes"]
+    # Jobs of the first months have no identities.
+    identities = work.get("identities") or [None] * len(files)
+    spec = {
+        "kind": "commit",
+        "layout": 1,
+        "disk": {
+            "node": work["disk_node"],
+            "qdev": work["qdev"],
+            "backend": work["backend"],
+            "digest": work["digest"],
+            "layers": [
+                {"file": file, "node": node, "identity": identity}
+                for file, node, identity in zip(files, nodes, identities, strict=True)
+            ],
+        },
+        "top_index": work["top"],
+        "base_index": work["base"],
+        "flags": old.pop("flags"),
+        **{name: work[name] for name in ("backing_file", "release", "invalidates", "deletes")},
+        "undeletable": work.get("undeletable", ()),
+    }
+    control = {new: old.pop(name) for name, new in CONTROL.items() if name in old}
+    ending = old.pop("ending", None)
+    if ending is not None:
+        merged = ending == "completed" and control.get("intent") != "keep"
+        # Where the merge was not known to be on the disk, the deletions had been taken out of the work already.
+        control["judgement"] = {
+            "state": ending,
+            "error": old.get("error"),
+            "data_state": old.get("data_state"),
+            "merged": merged,
+            "durable": True,
+            "because": f"a release before this one judged it by QEMU's last word: {control.get('verdict')}",
+        }
+    return {**old, "spec": spec, "control": control}
 
 
 def encode_registration(registration: Registration) -> str:

@@ -14,13 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from app.core.images import Access, Claim, DiskChain, Image, ImageUse, InvalidMark
+from app.core.images import Image, ImageUse, InvalidMark
 from app.core.job import Job
-from app.core.machine.reports import StoredVersion
+from app.core.machine.step import StoredVersion
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
 from app.engine.ports.journal import IdempotencyKey, JobFilter, JournalFull, NewJob, Registration, StoredAnswer
-from app.engine.ports.outbox import Webhook
 from app.engine.ports.uses import DiskUses, MarkChange
 from app.engine.views import Render
 from app.journal.codec import encode_registration
@@ -117,19 +116,6 @@ class SqliteJournal:
 
         await self.write(work)
 
-    async def add_job(
-        self,
-        told: Sequence[StoredVersion],
-        key: IdempotencyKey | None = None,
-        callback: Webhook | None = None,
-        claims: tuple[Claim, ...] | None = None,
-    ) -> None:
-        """Store one new job, as `add_jobs` does. Without `claims` the job has a write claim on its disk's chain."""
-        if claims is None:
-            job = told[0].job
-            claims = (Claim(DiskChain(job.domain, job.disk), Access.WRITE),)
-        await self.add_jobs([NewJob(versions=told, claims=claims, key=key, callback=callback)])
-
     async def store(
         self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
     ) -> None:
@@ -220,10 +206,6 @@ class SqliteJournal:
     async def jobs_of(self, parent: str) -> Sequence[Job]:
         """The jobs that are steps of another one, oldest first."""
         return await self._reading.jobs_of(parent)
-
-    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
-        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""
-        return await self._reading.modified_chains(domain, disk)
 
     async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
         """Stored events with an id above `after`, oldest first."""

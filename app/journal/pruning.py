@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from app.engine.idempotency import DELIVERY_KEPT_FOR, HOOK, KEPT_FOR
-from app.journal.outbox import UNDELIVERED
+from app.journal.deliveries import UNDELIVERED
 
 PRUNED_EVENTS: Final = 500
 """Events of domains that one transaction deletes, so that no other write waits long."""

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from app.core.job import Job, State
+from app.core.job import Job
+from app.core.states import State
 from app.engine.ports.events import EventFilter, StoredEvent
 from app.engine.ports.journal import IdempotencyKey, JobFilter, Registration, StoredAnswer
 from app.journal.codec import decode_job, decode_registration
@@ -98,15 +99,6 @@ class Reading:
     async def jobs_of(self, parent: str) -> Sequence[Job]:
         """The jobs that are steps of another one, oldest first."""
         rows = await self._query("SELECT body FROM jobs WHERE parent = :parent ORDER BY seq", {"parent": parent})
-        return [decode_job(body) for (body,) in rows]
-
-    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
-        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`), oldest first."""
-        rows = await self._query(
-            "SELECT body FROM jobs WHERE domain = :domain AND disk = :disk AND ended = 1"
-            " AND (data_state = 'base-modified' OR (state = 'completed' AND intent = 'keep')) ORDER BY seq",
-            {"domain": domain, "disk": disk},
-        )
         return [decode_job(body) for (body,) in rows]
 
     async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:

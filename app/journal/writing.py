@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from app.core.images import JobClaims
-from app.core.machine.reports import StoredVersion
+from app.core.machine.step import StoredVersion
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.journal import IdempotencyKey, NewJob
 from app.engine.views import Render
 from app.journal.codec import encode_job
+from app.journal.deliveries import enqueue, insert
 from app.journal.images import add_claims, refuse_conflicts
-from app.journal.outbox import enqueue, insert
 
 
 class LostUpdate(Exception):

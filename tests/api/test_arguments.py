@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 from app.api import disks, domains, events, hooks, jobs, webhooks
 from app.api.arguments import by_request_alone, plain_handler
 from app.api.auth import Guarded, direct
-from app.core.job import State
+from app.core.states import State
 
 
 async def _host(request: Request) -> str:

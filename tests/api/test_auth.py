@@ -85,7 +85,10 @@ def test_the_body_is_judged_before_the_domain(api: Api) -> None:
 def test_probes_take_no_token(api: Api) -> None:
     """Whoever watches over the service needs no token."""
     assert api.anonymous.get("/livez").json()["status"] == "ok"
-    assert api.anonymous.get("/readyz").json() == {"status": "ok", "checks": {"journal": "ok", "shutdown": "ok"}}
+    assert api.anonymous.get("/readyz").json() == {
+        "status": "ok",
+        "checks": {"journal": "ok", "shutdown": "ok", "tasks": "ok"},
+    }
 
 
 def test_a_token_in_the_address_is_no_token(api: Api) -> None:

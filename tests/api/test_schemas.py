@@ -12,10 +12,13 @@ from app.api.schemas.disks import disk_out
 from app.api.schemas.domains import domain_json
 from app.api.schemas.jobs import job_json
 from app.api.schemas.plans import plan_out
-from app.core.chain import Disk, Layer
+from app.core.chain import Disk, Layer, NotDeleted
 from app.core.errors import Code, Problem
-from app.core.job import DataState, Job, NotDeleted, Progress, Result, State
-from app.core.plan import CommitRequest, Facts, Plan, choose_layers, commit_request, plan_commit
+from app.core.job import Job, Progress, Result, accept
+from app.core.kinds import commit
+from app.core.kinds.commit import CommitRequest, CommitSpec
+from app.core.plan import Facts, Plan
+from app.core.states import DataState, State
 from app.engine.ports.events import StoredEvent
 from app.engine.views import DiskView, DomainState, DomainView
 
@@ -33,20 +36,20 @@ LAYERS = tuple(
 DISK = Disk(name="vda", aliases=("virtio0",), node="s2", layers=LAYERS)
 
 
-def planned(**fields: object) -> Plan:
+def planned(**fields: object) -> Plan[CommitSpec]:
     """The plan of a commit on `DISK`."""
-    request = commit_request(**fields)  # pyright: ignore[reportArgumentType]
+    request = commit.request(**fields)  # pyright: ignore[reportArgumentType]
     assert isinstance(request, CommitRequest)
-    chosen = choose_layers(DISK, request)
+    chosen = commit.select(DISK, request)
     assert not isinstance(chosen, Problem)
-    plan = plan_commit(chosen, Facts(free=10**12))
+    plan = commit.plan(chosen, Facts(free=10**12))
     assert isinstance(plan, Plan)
     return plan
 
 
 def queued() -> Job:
     """The job of a commit of the active layer."""
-    return planned(flags=["active"]).job(id_="bj-1", domain="web1", requested_by="ci", now=1767225600123)
+    return accept(planned(flags=["active"]), id_="bj-1", domain="web1", requested_by="ci", now=1767225600123)
 
 
 def test_a_new_job() -> None:
@@ -177,6 +180,7 @@ def test_a_domain() -> None:
         name="web1",
         uuid=None,
         state=DomainState.UNREACHABLE,
+        driver="qmp",
         version=None,
         pid=None,
         managed_by=None,

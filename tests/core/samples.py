@@ -7,11 +7,15 @@ from dataclasses import replace
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Problem
-from app.core.job import Job, OnError, OnReady, Process
-from app.core.machine.inputs import Input
-from app.core.machine.reports import Step
+from app.core.evidence import Evidence, GraphReading, Process, Proof
+from app.core.job import Job, accept
+from app.core.kinds import commit
+from app.core.kinds.commit import CommitRequest, CommitSelection, CommitSpec
+from app.core.machine.inputs import Gathered, Input
+from app.core.machine.step import Step
 from app.core.machine.table import start_job, step
-from app.core.plan import CommitRequest, Facts, Plan, Selection, choose_layers, commit_request, plan_commit
+from app.core.plan import Facts, Plan
+from app.core.states import OnError, OnReady
 
 GIB = 1 << 30
 PROCESS = Process(pid=4242, started=1000, uuid="4f4b6a5e-0000-4000-8000-000000000001")
@@ -55,7 +59,7 @@ def request(
     backing_file: str | None = None,
 ) -> CommitRequest:
     """A request whose fields are right."""
-    made = commit_request(
+    made = commit.request(
         base=base,
         top=top,
         bandwidth=bandwidth,
@@ -68,16 +72,16 @@ def request(
     return made
 
 
-def selection(asked: CommitRequest, on: Disk | None = None) -> Selection:
+def selection(asked: CommitRequest, on: Disk | None = None) -> CommitSelection:
     """The layers that a request means, which pass every check."""
-    chosen = choose_layers(on or disk(), asked)
-    assert isinstance(chosen, Selection), chosen
+    chosen = commit.select(on or disk(), asked)
+    assert isinstance(chosen, CommitSelection), chosen
     return chosen
 
 
-def plan(asked: CommitRequest, on: Disk | None = None, facts: Facts | None = None) -> Plan:
+def plan(asked: CommitRequest, on: Disk | None = None, facts: Facts | None = None) -> Plan[CommitSpec]:
     """The plan of a request that can be served."""
-    planned = plan_commit(selection(asked, on), facts or Facts(free=100 * GIB))
+    planned = commit.plan(selection(asked, on), facts or Facts(free=100 * GIB))
     assert isinstance(planned, Plan), planned
     return planned
 
@@ -90,7 +94,7 @@ def refusal(of: object) -> Problem:
 
 def job_for(asked: CommitRequest, *, id_: str = "bj-1", facts: Facts | None = None) -> Job:
     """The queued job of a request on the sample disk, created at 100 ms."""
-    return plan(asked, facts=facts).job(id_=id_, domain="web1", requested_by="ci", now=100)
+    return accept(plan(asked, facts=facts), id_=id_, domain="web1", requested_by="ci", now=100)
 
 
 def intermediate_job(*flags: str, on_error: OnError = OnError.REPORT) -> Job:
@@ -101,6 +105,13 @@ def intermediate_job(*flags: str, on_error: OnError = OnError.REPORT) -> Job:
 def active_job(*flags: str, on_ready: OnReady = OnReady.WAIT, on_error: OnError = OnError.REPORT) -> Job:
     """A commit of the active layer and all below it into base."""
     return job_for(request(flags=("active", *flags), on_ready=on_ready, on_error=on_error))
+
+
+def shows(proof: Proof, *, flushed: bool = True) -> Gathered:
+    """A reading of the graph that proves this of any job above that merges into base."""
+    nodes = {Proof.MERGED: NODES[3:], Proof.UNCHANGED: NODES, Proof.UNKNOWN: ()}[proof]
+    files = tuple(FILES[NODES.index(node)] for node in nodes)
+    return Gathered(Evidence(graph=GraphReading(nodes=nodes, files=files), flushed=flushed))
 
 
 class Story:
@@ -120,7 +131,7 @@ class Story:
         self._take(start_job(job))
 
     def _take(self, following: Step) -> tuple[str, ...]:
-        for told in following.told:
+        for told in following.versions:
             self.stored = told.job
             self.versions.append(told.job.version)
             if told.type is not None:

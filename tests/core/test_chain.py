@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from app.core.chain import Disk, Layer, matching_disks, relative_name
+from app.core.chain import Disk, Layer, matching_disks
+from app.core.headers import relative_name
 from tests.core.samples import FILES, LAYERS, NODES, disk, with_layer
 
 SEGMENTS = st.text("abc.-[]", min_size=1, max_size=4).filter(lambda name: name not in {".", ".."})

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import pytest
 
-from app.core.adopt import OrphanJob
 from app.core.chain import Disk
+from app.core.kinds import Spec, adopt
+from app.core.plan import Plan
 from app.drivers.qmp import graph, replies
 from app.drivers.qmp.replies import BlockGraph, GraphEdge, GraphNode
 
@@ -31,10 +32,10 @@ def disks() -> tuple[Disk, ...]:
     )
 
 
-def orphan(disks: tuple[Disk, ...], *edges: tuple[str, str, str]) -> OrphanJob | None:
+def orphan(disks: tuple[Disk, ...], *edges: tuple[str, str, str]) -> Plan[Spec] | None:
     """What the job works on by a graph of these edges, each a parent, its child and what the child is to it."""
     ids = {name: number for number, name in enumerate({name for edge in edges for name in edge[:2]})}
-    return graph.read_orphan(
+    found = graph.read_orphan(
         JOB,
         disks=disks,
         nodes=NODES,
@@ -44,6 +45,7 @@ def orphan(disks: tuple[Disk, ...], *edges: tuple[str, str, str]) -> OrphanJob |
         ),
         folder=None,
     )
+    return adopt(found)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +68,12 @@ def test_device_id(qdev: str | None, id_: str | None) -> None:
 
 def test_job_with_its_layers(disks: tuple[Disk, ...]) -> None:
     """A job works on the layers that it holds, above the base that it holds."""
-    found = orphan(disks, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"))
-    assert found == OrphanJob(disk=disks[0], top=1, base=2, bandwidth=0)
-    assert orphan(disks, ("bj-9", "n0", "target"), ("bj-9", "n2", "source")) == OrphanJob(
-        disk=disks[0], top=0, base=2, bandwidth=0
-    )
+    below = orphan(disks, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"))
+    assert below is not None
+    assert (below.disk, below.spec.top_index, below.spec.base_index, below.bandwidth) == (disks[0], 1, 2, 0)
+    whole = orphan(disks, ("bj-9", "n0", "target"), ("bj-9", "n2", "source"))
+    assert whole is not None
+    assert (whole.disk, whole.spec.top_index, whole.spec.base_index) == (disks[0], 0, 2)
 
 
 def test_job_whose_layers_are_merged(disks: tuple[Disk, ...]) -> None:
@@ -80,7 +83,7 @@ def test_job_whose_layers_are_merged(disks: tuple[Disk, ...]) -> None:
         short, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"), ("n1", "fn1", "file"), ("n2", "fn2", "file")
     )
     assert found is not None
-    assert (found.disk.nodes, found.top, found.base) == (("n2", "n1", "n0"), 1, 2)
+    assert (found.disk.nodes, found.spec.top_index, found.spec.base_index) == (("n2", "n1", "n0"), 1, 2)
     assert (found.disk.layers[1].file, found.disk.layers[1].below) == ("/images/l1.qcow2", ("fn1",))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import CANCELED
 from app.core.job import Progress
+from app.core.kinds import adopt
 from app.drivers.qmp import checks, graph, replies
 from app.drivers.qmp.checks import MalformedReply, Query
 
@@ -118,7 +119,7 @@ def test_chain_of_the_recording() -> None:
     assert disks[0].layers[2].filters == ("throttle",)
     assert disks[0].running_jobs == ("bj-2",)
     assert orphan is not None
-    assert (orphan.top, orphan.base, orphan.bandwidth) == (1, 2, 1)
+    assert (orphan.spec.top_index, orphan.spec.base_index, orphan.bandwidth) == (1, 2, 1)
 
 
 def test_members_that_nobody_uses() -> None:
@@ -435,13 +436,13 @@ DISKS: Final = (
 
 
 def all_disks(said: dict[str, Any]) -> Any:
-    """The disks that raw replies make, and what the first block job works on."""
+    """The disks that raw replies make, and the plan by which the first block job is adopted."""
     devices, stats = replies.DEVICES.read(said["query-block"]), replies.STATS.read(said["query-blockstats"])
     nodes, edges = replies.NODES.read(said["query-named-block-nodes"]), replies.GRAPH.read(said[replies.GRAPH.command])
     disks = graph.read_disks(devices=devices, stats=stats, nodes=nodes, graph=edges, prefixes={}, folder="/images")
     orphan = None
     for job in reversed(replies.BLOCK_JOBS.read(said["query-block-jobs"])):
-        orphan = graph.read_orphan(job, disks=disks, nodes=nodes, graph=edges, folder=None)
+        orphan = adopt(graph.read_orphan(job, disks=disks, nodes=nodes, graph=edges, folder=None))
     return disks, orphan
 
 
@@ -455,4 +456,4 @@ def test_mutated_graphs(said: dict[str, Any]) -> None:
         _disks, orphan = all_disks(said)
     except (MalformedReply, graph.Torn):
         return
-    assert orphan is None or orphan.top < orphan.base < len(orphan.disk.layers)
+    assert orphan is None or orphan.spec.top_index < orphan.spec.base_index < len(orphan.disk.layers)

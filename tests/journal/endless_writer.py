@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from app.core.job import EventType
-from app.core.machine.reports import StoredVersion
+from app.core.machine.step import StoredVersion
+from app.core.states import EventType
 
 from .support import heard_by, opened
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from app.core.flags import CommitFlag
-from app.core.images import Access, Claim, Image
-from app.core.job import EventType, Job, JobType, OnError, OnReady, Result, State, Work
-from app.core.machine.reports import StoredVersion
+from app.core.images import Access, Claim, DiskChain, Image
+from app.core.job import Job, Result
+from app.core.kinds.base import DiskRecord, LayerRecord
+from app.core.kinds.commit import CommitFlag, CommitSpec
+from app.core.machine.step import StoredVersion
+from app.core.states import EventType, OnError, OnReady, State
 from app.engine.ports.events import StoredEvent
-from app.engine.ports.journal import IdempotencyKey, NewJob
+from app.engine.ports.journal import IdempotencyKey, Journal, NewJob
 from app.engine.ports.outbox import Webhook
 from app.engine.views import DomainView
 from app.journal.connections import Executors
@@ -54,36 +56,28 @@ class PlainRender:
 
 def make_job(id_: str = "bj-1", *, domain: str = "web1", disk: str = "vda") -> Job:
     """A queued active commit of one layer."""
-    work = Work(
-        disk_node="disk0",
-        qdev="virtio0",
-        backend=None,
-        chain=("/images/s1.qcow2", "/images/base.qcow2"),
-        nodes=("disk0", "base0"),
-        top=0,
-        base=1,
-        release=("disk0",),
-        backing_file=None,
-        digest="sha256:00",
-        invalidates=("/images/s1.qcow2",),
-        deletes=(),
+    layers = (
+        LayerRecord(file="/images/s1.qcow2", node="disk0"),
+        LayerRecord(file="/images/base.qcow2", node="base0"),
     )
     return Job(
         id=id_,
-        type=JobType.ACTIVE_COMMIT,
         state=State.QUEUED,
         domain=domain,
         disk=disk,
-        top="/images/s1.qcow2",
-        base="/images/base.qcow2",
-        overlay=None,
-        flags=CommitFlag.ACTIVE | CommitFlag.DELETE,
         on_ready=OnReady.WAIT,
         on_error=OnError.REPORT,
         bandwidth=0,
         requested_by="ci",
         created_at=1_000,
-        work=work,
+        spec=CommitSpec(
+            disk=DiskRecord(node="disk0", qdev="virtio0", backend=None, digest="sha256:00", layers=layers),
+            top_index=0,
+            base_index=1,
+            flags=CommitFlag.ACTIVE | CommitFlag.DELETE,
+            release=("disk0",),
+            invalidates=("/images/s1.qcow2",),
+        ),
     )
 
 
@@ -100,7 +94,7 @@ def started(job: Job) -> StoredVersion:
 def ended(job: Job, at: int, state: State = State.CANCELED) -> StoredVersion:
     """The job's next version, in which it ended at the time `at`."""
     type_ = EventType(f"job.{state}")
-    result = Result(chain=job.work.chain)
+    result = Result(chain=job.spec.disk.files)
     return StoredVersion(type_, replace(job, state=state, finished_at=at, result=result, version=job.version + 1))
 
 
@@ -112,6 +106,20 @@ def claim(*paths: str, access: Access = Access.WRITE) -> tuple[Claim, ...]:
 def new(job: Job, *claims: Claim, key: IdempotencyKey | None = None, callback: Webhook | None = None) -> NewJob:
     """A queued job, to be stored with these claims."""
     return NewJob(versions=queued(job), claims=claims, key=key, callback=callback)
+
+
+async def add_job(
+    journal: Journal,
+    versions: Sequence[StoredVersion],
+    key: IdempotencyKey | None = None,
+    callback: Webhook | None = None,
+    claims: tuple[Claim, ...] | None = None,
+) -> None:
+    """Store one new job; without `claims` it has a write claim on its disk's chain."""
+    if claims is None:
+        job = versions[0].job
+        claims = (Claim(DiskChain(job.domain, job.disk), Access.WRITE),)
+    await journal.add_jobs([NewJob(versions=versions, claims=claims, key=key, callback=callback)])
 
 
 @contextmanager

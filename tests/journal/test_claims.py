@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from app.core.images import Access, Claim, DiskChain, Image
-from app.core.job import Job, State
+from app.core.job import Job
+from app.core.states import State
 from app.engine.ports.journal import IdempotencyKey, JobConflict, JobFilter, NewJob
 from app.engine.ports.outbox import Webhook
 from app.journal import writing
@@ -23,7 +24,7 @@ from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox
 from app.journal.writing import LostUpdate
 
-from .support import DAY, SetClock, claim, ended, heard_by, make_job, new, queued, run, started
+from .support import DAY, SetClock, add_job, claim, ended, heard_by, make_job, new, queued, run, started
 
 VDA = Claim(DiskChain("web1", "vda"), Access.WRITE)
 BIG = (1 << 64) - 1
@@ -122,7 +123,7 @@ def test_an_end_that_is_not_stored_ends_no_claim(tmp_path: Path) -> None:
 def test_an_ended_job_gets_no_claim(tmp_path: Path) -> None:
     """Nobody would end it; SQLite refuses it as well."""
     job = make_job()
-    run(tmp_path, lambda journal: journal.add_job([*queued(job), ended(job, at=5)]))
+    run(tmp_path, lambda journal: add_job(journal, [*queued(job), ended(job, at=5)]))
     with (
         closing(sqlite3.connect(tmp_path / FILE)) as connection,
         pytest.raises(sqlite3.IntegrityError, match="only an unfinished job has claims"),

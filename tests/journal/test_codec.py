@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import Problem
-from app.core.flags import CommitFlag
-from app.core.job import Job, Progress
+from app.core.evidence import Judgement
+from app.core.job import Control, Job, Progress
+from app.core.kinds.commit import CommitFlag, CommitSpec
 from app.engine.ports.journal import Registration
 from app.journal.codec import decode_job, decode_registration, encode_job, encode_registration
 
@@ -24,11 +25,18 @@ JSON = st.recursive(
     max_leaves=8,
 )
 PROBLEMS = st.none() | st.builds(Problem, extra=st.dictionaries(st.text(), JSON, max_size=3))
+JUDGED = st.none() | st.builds(Judgement, state=..., error=PROBLEMS, merged=..., durable=..., because=...)
+SPECS = st.builds(
+    CommitSpec, **{each.name: ... for each in fields(CommitSpec)} | {"flags": st.integers(0, 31).map(CommitFlag)}
+)
+CONTROLS = st.builds(
+    Control, **{each.name: ... for each in fields(Control)} | {"rejection": PROBLEMS, "judgement": JUDGED}
+)
 VARIED: dict[str, Any] = {
-    "flags": st.integers(0, 31).map(CommitFlag),
     "progress": st.builds(Progress, current=..., end=..., rate=..., eta=st.none() | FINITE),
     "error": PROBLEMS,
-    "rejection": PROBLEMS,
+    "spec": SPECS,
+    "control": CONTROLS,
 }
 # Fields with defaults are varied only where it is asked for.
 EVERY_FIELD: dict[str, Any] = {each.name: ... for each in fields(Job)}
@@ -54,7 +62,7 @@ def test_every_registration_comes_back_as_it_was(registration: Registration) -> 
 def test_a_field_that_an_older_release_did_not_write_gets_its_default() -> None:
     """A body without a field that has a default can still be read."""
     body = json.loads(encode_job(make_job()))
-    del body["verdict_error"]
+    del body["control"]["verdict_error"], body["parent"]
     assert decode_job(json.dumps(body)) == make_job()
 
 

@@ -21,7 +21,7 @@ from app.engine.ports.journal import JournalFull
 from app.journal.database import JournalUnusable, connect
 from app.journal.journal import SqliteJournal
 
-from .support import heard_by, make_job, opened, queued, run, started
+from .support import add_job, heard_by, make_job, opened, queued, run, started
 
 ROOT = Path(__file__).parents[2]
 ANY = EventFilter()
@@ -37,7 +37,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
     try:
         state_dir = tmp_path / "var" / "blockjobd"
         with opened(state_dir) as journal:
-            asyncio.run(journal.add_job(queued(make_job())))
+            asyncio.run(add_job(journal, queued(make_job())))
             assert mode(state_dir) == "0o700"
             files = {path.name: mode(path) for path in state_dir.iterdir()}
             assert files == {
@@ -52,7 +52,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
 def test_closing_leaves_one_file(tmp_path: Path) -> None:
     """After an orderly end the database file holds everything; closing again is no error."""
     with opened(tmp_path) as journal:
-        asyncio.run(journal.add_job(queued(make_job())))
+        asyncio.run(add_job(journal, queued(make_job())))
         journal.close()
     assert [path.name for path in tmp_path.iterdir()] == ["journal.sqlite3"]
 
@@ -115,7 +115,7 @@ def test_processes_that_make_the_file_at_the_same_time_agree(tmp_path: Path) -> 
 def test_a_killed_service_keeps_what_it_acknowledged(tmp_path: Path) -> None:
     """After kill -9 between any two instructions, every acknowledged version and event is there, without gap."""
     job = make_job()
-    run(tmp_path, lambda journal: journal.add_job(queued(job)))
+    run(tmp_path, lambda journal: add_job(journal, queued(job)))
     last_event = 1
     for lifetime in (0.2, 0.25, 0.31, 0.4):
         version, last_event, stored = kill_a_writer(tmp_path, job.id, lifetime, last_event)
@@ -212,7 +212,7 @@ async def no_room_and_room_again(
 ) -> None:
     job, other = make_job("bj-1"), make_job("bj-2", disk="vdb")
     heard = heard_by(journal)
-    await journal.add_job(queued(job))
+    await add_job(journal, queued(job))
     await journal.tell_domain(DomainEvent.CONNECTED, "web1", "{}")
     assert await journal.check() is None
 
@@ -226,7 +226,7 @@ async def no_room_and_room_again(
     with pytest.raises(JournalFull, match=r"can't be written.*nothing was stored"):
         await journal.tell_domain(DomainEvent.CONNECTED, "web1", "{}")
     with pytest.raises(JournalFull) as full:
-        await journal.add_job(queued(other))
+        await add_job(journal, queued(other))
     assert isinstance(full.value.__cause__, sqlite3.OperationalError)
     with pytest.raises(JournalFull):
         await journal.store([started(job)])
@@ -239,7 +239,7 @@ async def no_room_and_room_again(
 
     free()
     assert await journal.check() is None
-    await journal.add_job(queued(other))
+    await add_job(journal, queued(other))
     await journal.store([started(job)])
     assert len(heard) == acknowledged + 2
     assert [event.id for event in heard] == list(range(1, acknowledged + 3))
@@ -256,7 +256,7 @@ def test_a_service_starts_on_a_full_disk(small_disk: Path) -> None:
         assert "can't be written" in (await journal.check() or "")
 
     with opened(state_dir) as before:
-        asyncio.run(before.add_job(queued(job)))
+        asyncio.run(add_job(before, queued(job)))
         # What a crash leaves: the files as they are while the service runs.
         left = {path.name: path.read_bytes() for path in state_dir.iterdir()}
     for name, content in left.items():

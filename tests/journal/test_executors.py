@@ -16,7 +16,7 @@ from app.engine.ports.journal import JobConflict
 from app.journal.connections import Executors
 from app.journal.journal import SqliteJournal
 
-from .support import DAY, ended, heard_by, make_job, opened, queued, started
+from .support import DAY, add_job, ended, heard_by, make_job, opened, queued, started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,9 +51,9 @@ def test_a_journal_works_without_threads(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal) -> None:
         heard = heard_by(journal)
-        await journal.add_job([*queued(job), started(job)])
+        await add_job(journal, [*queued(job), started(job)])
         with pytest.raises(JobConflict):
-            await journal.add_job(queued(make_job("bj-2")))
+            await add_job(journal, queued(make_job("bj-2")))
         await asyncio.gather(journal.store([ended(started(job).job, at=5)]), journal.unfinished())
         assert [event.id for event in heard] == [1, 2, 3]
         assert await journal.events(EventFilter(), after=0, limit=10) == heard

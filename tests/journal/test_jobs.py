@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import DataState, EventType, Intent, Job, State
-from app.core.machine.reports import StoredVersion
+from app.core.job import Job
+from app.core.machine.step import StoredVersion
+from app.core.states import EventType, State
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import JobConflict, JobFilter, Registration
 from app.journal.journal import SqliteJournal
 from app.journal.writing import LostUpdate
 
-from .support import SetClock, ended, heard_by, make_job, opened, queued, run, started
+from .support import SetClock, add_job, ended, heard_by, make_job, opened, queued, run, started
 
 ANY = EventFilter()
 
@@ -26,7 +27,7 @@ ANY = EventFilter()
 def test_a_job_is_there_after_a_restart(tmp_path: Path) -> None:
     """What was stored is read again, equal, by the next process on the state directory."""
     job = make_job()
-    run(tmp_path, lambda journal: journal.add_job(queued(job)))
+    run(tmp_path, lambda journal: add_job(journal, queued(job)))
     assert run(tmp_path, lambda journal: journal.job(job.id)) == job
     assert run(tmp_path, lambda journal: journal.unfinished()) == [job]
 
@@ -44,7 +45,7 @@ def test_events_tell_of_the_versions_in_order(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal) -> None:
         heard = heard_by(journal)
-        await journal.add_job([*queued(job), running])
+        await add_job(journal, [*queued(job), running])
         assert [(event.id, event.type) for event in heard] == [(1, "job.queued"), (2, "job.started")]
         await journal.store([silent, ended(silent.job, at=5)])
         assert [event.id for event in heard] == [1, 2, 3]
@@ -63,15 +64,15 @@ def test_a_disk_has_one_unfinished_job(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal) -> None:
         heard = heard_by(journal)
-        await journal.add_job(queued(first))
+        await add_job(journal, queued(first))
         with pytest.raises(JobConflict) as conflict:
-            await journal.add_job(queued(second))
+            await add_job(journal, queued(second))
         assert conflict.value.job_id == "bj-1"
         assert await journal.job("bj-2") is None
-        await journal.add_job(queued(make_job("bj-3", disk="vdb")))
-        await journal.add_job(queued(make_job("bj-4", domain="web2")))
+        await add_job(journal, queued(make_job("bj-3", disk="vdb")))
+        await add_job(journal, queued(make_job("bj-4", domain="web2")))
         await journal.store([ended(first, at=5)])
-        await journal.add_job(queued(second))
+        await add_job(journal, queued(second))
         assert [event.id for event in heard] == [1, 2, 3, 4, 5]
 
     run(tmp_path, story)
@@ -81,7 +82,7 @@ def test_requests_for_a_disk_at_the_same_time_make_one_job(tmp_path: Path) -> No
     """Of many jobs that are added to one disk at once, one is stored, and the others are refused with its id."""
 
     async def story(journal: SqliteJournal) -> None:
-        adds = [journal.add_job(queued(make_job(f"bj-{number}"))) for number in range(20)]
+        adds = [add_job(journal, queued(make_job(f"bj-{number}"))) for number in range(20)]
         answers = await asyncio.gather(*adds, return_exceptions=True)
         (job,) = await journal.unfinished()
         refused = [answer for answer in answers if isinstance(answer, JobConflict)]
@@ -97,7 +98,7 @@ def test_a_lost_update_is_refused(tmp_path: Path, version: int) -> None:
     job = make_job()
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job([*queued(job), started(job)])
+        await add_job(journal, [*queued(job), started(job)])
         stored = await journal.job(job.id)
         wrong = replace(job, state=State.PAUSED, version=version)
         with pytest.raises(LostUpdate, match=f"version {version} of the job bj-1"):
@@ -118,7 +119,7 @@ def test_a_job_that_ended_stays_so(tmp_path: Path) -> None:
     end = ended(job, at=5)
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job([*queued(job), end])
+        await add_job(journal, [*queued(job), end])
         with pytest.raises(LostUpdate):
             await journal.store([started(end.job)])
 
@@ -136,7 +137,7 @@ def test_what_is_kept_at_hand_is_what_is_stored(tmp_path: Path, state: State) ->
         return {*listed, await journal.job(job.id)}
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job(queued(job))
+        await add_job(journal, queued(job))
         assert await seen(journal) == {job}
         await journal.store([end])
         assert await seen(journal) == await seen(journal) == {end.job}
@@ -176,7 +177,7 @@ def test_what_is_kept_at_hand_is_what_is_stored(tmp_path: Path, state: State) ->
 def test_the_file_guards_itself(tmp_path: Path, statement: str) -> None:
     """What must not be is refused by SQLite as well, whoever writes."""
     job = make_job()
-    run(tmp_path, lambda journal: journal.add_job([*queued(job), started(job)]))
+    run(tmp_path, lambda journal: add_job(journal, [*queued(job), started(job)]))
     connection = sqlite3.connect(tmp_path / "journal.sqlite3")
     try:
         connection.execute("PRAGMA foreign_keys = ON")
@@ -191,7 +192,7 @@ def test_pages_are_stable_while_jobs_arrive(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal) -> None:
         for number in range(10):
-            await journal.add_job(queued(make_job(f"bj-{number}", disk=f"disk{number}")))
+            await add_job(journal, queued(make_job(f"bj-{number}", disk=f"disk{number}")))
         seen: list[str] = []
         cursor: int | None = None
         sizes: list[int] = []
@@ -200,7 +201,7 @@ def test_pages_are_stable_while_jobs_arrive(tmp_path: Path) -> None:
             seen += [job.id for job in page]
             sizes.append(len(page))
             late = len(sizes) + 100
-            await journal.add_job(queued(make_job(f"bj-{late}", disk=f"disk{late}")))
+            await add_job(journal, queued(make_job(f"bj-{late}", disk=f"disk{late}")))
         assert seen == [f"bj-{number}" for number in reversed(range(10))]
         assert sizes == [4, 4, 2]
 
@@ -213,7 +214,7 @@ def test_a_page_that_holds_the_rest_has_no_cursor(tmp_path: Path) -> None:
     async def story(journal: SqliteJournal) -> None:
         assert await journal.jobs(JobFilter()) == ([], None)
         job = make_job()
-        await journal.add_job(queued(job))
+        await add_job(journal, queued(job))
         assert await journal.jobs(JobFilter(limit=1)) == ([job], None)
 
     run(tmp_path, story)
@@ -224,10 +225,10 @@ def test_jobs_are_filtered(tmp_path: Path) -> None:
     old = make_job("bj-1")
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job([*queued(old), ended(old, at=5, state=State.FAILED)])
-        await journal.add_job(queued(make_job("bj-2")))
-        await journal.add_job(queued(make_job("bj-3", disk="vdb")))
-        await journal.add_job(queued(make_job("bj-4", domain="web2")))
+        await add_job(journal, [*queued(old), ended(old, at=5, state=State.FAILED)])
+        await add_job(journal, queued(make_job("bj-2")))
+        await add_job(journal, queued(make_job("bj-3", disk="vdb")))
+        await add_job(journal, queued(make_job("bj-4", domain="web2")))
 
         async def ids(wanted: JobFilter) -> list[str]:
             return [job.id for job in (await journal.jobs(wanted))[0]]
@@ -242,43 +243,14 @@ def test_jobs_are_filtered(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_a_modified_base_is_remembered(tmp_path: Path) -> None:
-    """Of the ended jobs on a disk, those count that left the base modified without merging, and `keep`."""
-
-    def job_with(
-        id_: str, state: State, data_state: DataState, intent: Intent = Intent.RUN
-    ) -> tuple[Job, StoredVersion]:
-        job = make_job(id_)
-        end = ended(job, at=5, state=state)
-        return job, replace(end, job=replace(end.job, data_state=data_state, intent=intent))
-
-    jobs = [
-        job_with("untouched", State.FAILED, DataState.UNTOUCHED),
-        job_with("failed", State.FAILED, DataState.BASE_MODIFIED),
-        job_with("merged", State.COMPLETED, DataState.MERGED, Intent.PIVOT),
-        job_with("kept", State.COMPLETED, DataState.MERGED, Intent.KEEP),
-        job_with("aborted", State.CANCELED, DataState.BASE_MODIFIED, Intent.ABORT),
-    ]
-
-    async def story(journal: SqliteJournal) -> None:
-        for job, end in jobs:
-            await journal.add_job([*queued(job), end])
-        await journal.add_job(queued(replace(make_job("running"), data_state=DataState.BASE_MODIFIED)))
-        modified = await journal.modified_chains("web1", "vda")
-        assert [job.id for job in modified] == ["failed", "kept", "aborted"]
-        assert await journal.modified_chains("web1", "vdb") == []
-
-    run(tmp_path, story)
-
-
 def test_events_are_filtered(tmp_path: Path) -> None:
     """Streams of a domain, of a job, or of some types get theirs, from the one after the given id on."""
     job, other = make_job("bj-1"), make_job("bj-2", domain="web2")
 
     async def story(journal: SqliteJournal) -> None:
         await journal.tell_domain(DomainEvent.ADDED, "web1", '{"id": "web1"}')
-        await journal.add_job(queued(job))
-        await journal.add_job(queued(other))
+        await add_job(journal, queued(job))
+        await add_job(journal, queued(other))
         await journal.store([started(job)])
 
         async def ids(wanted: EventFilter, after: int = 0, limit: int = 10) -> list[int | None]:

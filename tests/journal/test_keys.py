@@ -11,7 +11,7 @@ from app.engine.idempotency import KEPT_FOR
 from app.engine.ports.journal import IdempotencyKey, JobConflict, JobFilter, StoredAnswer
 from app.journal.journal import SqliteJournal
 
-from .support import DAY, SetClock, ended, make_job, queued, run
+from .support import DAY, SetClock, add_job, ended, make_job, queued, run
 
 KEY = IdempotencyKey(who="ci", key="k-1", fingerprint="f1")
 NONE = StoredAnswer(fingerprint="f1", job_id="bj-1", status=None, body=None)
@@ -22,7 +22,7 @@ def test_a_key_is_stored_with_its_job(tmp_path: Path) -> None:
 
     async def ask(journal: SqliteJournal) -> None:
         assert await journal.kept(KEY, since=0) is None
-        await journal.add_job(queued(make_job()), KEY)
+        await add_job(journal, queued(make_job()), KEY)
 
     async def later(journal: SqliteJournal) -> None:
         assert await journal.kept(KEY, since=0) == NONE
@@ -40,9 +40,9 @@ def test_no_job_no_key(tmp_path: Path) -> None:
     """What can't be stored leaves nothing behind, neither way round."""
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job(queued(make_job()))
+        await add_job(journal, queued(make_job()))
         with pytest.raises(JobConflict):
-            await journal.add_job(queued(make_job("bj-2")), KEY)
+            await add_job(journal, queued(make_job("bj-2")), KEY)
         assert await journal.kept(KEY, since=0) is None
 
     run(tmp_path, story)
@@ -54,7 +54,7 @@ def test_a_key_ends_after_a_day(tmp_path: Path) -> None:
     job = make_job()
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job([*queued(job), ended(job, at=1_500)], KEY)
+        await add_job(journal, [*queued(job), ended(job, at=1_500)], KEY)
         clock.time += KEPT_FOR
         await journal.prune(DAY * 2)
         assert await journal.job(job.id) is not None
@@ -62,7 +62,7 @@ def test_a_key_ends_after_a_day(tmp_path: Path) -> None:
         clock.time += 1
         assert await journal.kept(KEY, since=clock.time - KEPT_FOR) is None
         another = make_job("bj-2")
-        await journal.add_job(queued(another), replace(KEY, fingerprint="f2"))
+        await add_job(journal, queued(another), replace(KEY, fingerprint="f2"))
         found = await journal.kept(KEY, since=clock.time - KEPT_FOR)
         assert found == StoredAnswer(fingerprint="f2", job_id="bj-2", status=None, body=None)
         await journal.prune(DAY * 3)

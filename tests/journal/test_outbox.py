@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import State
 from app.core.outgoing import Answer, DeliveryState
+from app.core.states import State
 from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import JobConflict
 from app.engine.ports.outbox import Webhook
 from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox
 
-from .support import DAY, SetClock, ended, make_job, opened, queued, started
+from .support import DAY, SetClock, add_job, ended, make_job, opened, queued, started
 
 ALL = Webhook(id="wh-1", url="http://a", types=frozenset(), secret="s1", created_at=1_000, created_by="admin")
 ENDS = replace(ALL, id="wh-2", types=frozenset({"job.completed", "job.canceled"}))
@@ -61,8 +61,8 @@ def test_each_webhook_gets_what_it_asked_for(tmp_path: Path) -> None:
         await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")
         await outbox.add(ALL)
         await outbox.add(ENDS)
-        await journal.add_job(queued(job), None, callback)
-        await journal.add_job(queued(other))
+        await add_job(journal, queued(job), None, callback)
+        await add_job(journal, queued(other))
 
     async def after(journal: SqliteJournal, outbox: SqliteOutbox) -> None:
         await journal.store([started(job), ended(started(job).job, at=2_000)])
@@ -90,11 +90,11 @@ def test_what_is_not_stored_is_not_sent(tmp_path: Path) -> None:
     async def story(journal: SqliteJournal, outbox: SqliteOutbox) -> None:
         outbox.listen(woken.extend)
         await outbox.add(ALL)
-        await journal.add_job(queued(make_job()))
+        await add_job(journal, queued(make_job()))
         await asyncio.sleep(0)
         assert woken == [ALL.id]
         with pytest.raises(JobConflict):
-            await journal.add_job(queued(make_job("bj-2")), None, replace(ALL, id="wh-9", job_id="bj-2"))
+            await add_job(journal, queued(make_job("bj-2")), None, replace(ALL, id="wh-9", job_id="bj-2"))
         await asyncio.sleep(0)
         assert woken == [ALL.id]
         assert await outbox.webhook("wh-9") is None
@@ -110,7 +110,7 @@ def test_a_disabled_webhook_misses_nothing(tmp_path: Path) -> None:
         watching = replace(ALL, id="wh-0", types=frozenset({"webhook.disabled"}))
         await outbox.add(watching)
         await outbox.add(ALL)
-        await journal.add_job(queued(make_job()))
+        await add_job(journal, queued(make_job()))
         head = await outbox.head(ALL.id)
         assert head is not None
         failed = replace(head[1], state=DeliveryState.FAILED, attempts=10, answer=Answer(error="timed out"))
@@ -140,7 +140,7 @@ def test_once_more(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal, outbox: SqliteOutbox) -> None:
         await outbox.add(ALL)
-        await journal.add_job(queued(make_job()))
+        await add_job(journal, queued(make_job()))
         await deliver(outbox, ALL.id)
         await journal.store([started(make_job())])
         (newer, older), _ = await outbox.deliveries(ALL.id, before=None, limit=10)
@@ -204,8 +204,11 @@ def test_what_is_still_to_be_sent_is_not_pruned(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal, outbox: SqliteOutbox) -> None:
         await outbox.add(ALL)
-        await journal.add_job(
-            [*queued(job), ended(job, at=1_000, state=State.FAILED)], None, replace(ALL, id="wh-cb", job_id=job.id)
+        await add_job(
+            journal,
+            [*queued(job), ended(job, at=1_000, state=State.FAILED)],
+            None,
+            replace(ALL, id="wh-cb", job_id=job.id),
         )
         await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")
         await journal.prune(DAY)
@@ -233,7 +236,7 @@ def test_a_webhook_goes_with_its_deliveries(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal, outbox: SqliteOutbox) -> None:
         await outbox.add(ALL)
-        await journal.add_job(queued(make_job()))
+        await add_job(journal, queued(make_job()))
         assert await outbox.remove(ALL.id)
         assert not await outbox.remove(ALL.id)
         assert await outbox.webhook(ALL.id) is None

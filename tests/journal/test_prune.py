@@ -9,7 +9,7 @@ from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import JobFilter
 from app.journal.journal import SqliteJournal
 
-from .support import DAY, SetClock, ended, make_job, queued, run, started
+from .support import DAY, SetClock, add_job, ended, make_job, queued, run, started
 
 ANY = EventFilter()
 
@@ -24,9 +24,9 @@ def test_an_ended_job_goes_with_all_its_events(tmp_path: Path) -> None:
     old, recent, long = make_job("old"), make_job("recent"), make_job("long", disk="vdb")
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job(queued(long))  # event 1
-        await journal.add_job([*queued(old), ended(old, at=1_000)])  # events 2 and 3
-        await journal.add_job(queued(recent))  # event 4
+        await add_job(journal, queued(long))  # event 1
+        await add_job(journal, [*queued(old), ended(old, at=1_000)])  # events 2 and 3
+        await add_job(journal, queued(recent))  # event 4
         await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")  # event 5
         clock.time = DAY
         await journal.store([ended(recent, at=DAY)])  # event 6
@@ -49,7 +49,7 @@ def test_ids_go_on_after_everything_was_pruned(tmp_path: Path) -> None:
 
     async def fill(journal: SqliteJournal) -> None:
         assert await journal.event_bounds() == (0, 0)
-        await journal.add_job([*queued(job), ended(job, at=1_000)])
+        await add_job(journal, [*queued(job), ended(job, at=1_000)])
         await journal.prune(DAY)
         assert await journal.event_bounds() == (2, 2)
 
@@ -68,8 +68,8 @@ def test_others_write_while_much_is_pruned(tmp_path: Path) -> None:
     old, job = make_job("old"), make_job("new")
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job([*queued(old), ended(old, at=1_000)])
-        await journal.add_job(queued(job))
+        await add_job(journal, [*queued(old), ended(old, at=1_000)])
+        await add_job(journal, queued(job))
         await asyncio.gather(*(journal.tell_domain(DomainEvent.CONNECTED, "web1", "{}") for _ in range(1_800)))
         pruning = asyncio.create_task(journal.prune(DAY))
         await asyncio.sleep(0)
@@ -87,7 +87,7 @@ def test_many_jobs_are_pruned(tmp_path: Path) -> None:
 
     async def story(journal: SqliteJournal) -> None:
         jobs = [make_job(f"bj-{number}", disk=f"disk{number}") for number in range(120)]
-        await asyncio.gather(*(journal.add_job([*queued(job), ended(job, at=1_000)]) for job in jobs))
+        await asyncio.gather(*(add_job(journal, [*queued(job), ended(job, at=1_000)]) for job in jobs))
         await journal.prune(DAY)
         assert await journal.jobs(JobFilter()) == ([], None)
         assert await journal.event_bounds() == (240, 240)

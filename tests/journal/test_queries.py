@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.core.images import Access, Claim, DiskChain, Image
-from app.core.job import State
+from app.core.states import State
 from app.engine.ports.events import DomainEvent, EventFilter
 from app.engine.ports.journal import IdempotencyKey, JobFilter
 from app.engine.ports.outbox import Webhook
@@ -19,7 +19,7 @@ from app.journal.database import connect, connect_to_read
 from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox
 
-from .support import DAY, SetClock, ended, make_job, queued, run
+from .support import DAY, SetClock, add_job, ended, make_job, queued, run
 
 PARTIAL = ("USING INDEX jobs_active", "INDEX deliveries_undelivered", "json_each")
 """What may be read whole: indexes that hold but what is asked for, and a list of types."""
@@ -51,8 +51,7 @@ ASKED: dict[str, Ask] = {
     "jobs that are steps": lambda journal: journal.jobs(JobFilter(parent="bj-1")),
     "steps of a job": lambda journal: journal.jobs_of("bj-1"),
     "marks of images": lambda journal: journal.invalid_marks([Image("/a", (1, 2), 3)]),
-    "whether jobs conflict": lambda journal: journal.add_job(queued(make_job("bj-2")), claims=CLAIMS),
-    "modified chains": lambda journal: journal.modified_chains("web1", "vda"),
+    "whether jobs conflict": lambda journal: add_job(journal, queued(make_job("bj-2")), claims=CLAIMS),
     "events from an id on": lambda journal: journal.events(EventFilter(), after=7, limit=100),
     "events of a job": lambda journal: journal.events(EventFilter(job_id="bj-1"), after=0, limit=100),
     "events of a domain": lambda journal: journal.events(EventFilter(domain="web1"), after=7, limit=100),
@@ -100,7 +99,7 @@ def test_it_is_answered_from_an_index(tmp_path: Path, monkeypatch: pytest.Monkey
     async def fill(journal: SqliteJournal) -> None:
         job = make_job()
         await outbox(journal).add(WEBHOOK)
-        await journal.add_job([*queued(job), ended(job, at=2 * DAY, state=State.FAILED)], KEY)
+        await add_job(journal, [*queued(job), ended(job, at=2 * DAY, state=State.FAILED)], KEY)
         await journal.tell_domain(DomainEvent.ADDED, "web1", "{}")
 
     run(tmp_path, fill)

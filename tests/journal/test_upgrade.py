@@ -18,7 +18,7 @@ from app.engine.ports.journal import JobConflict
 from app.journal.database import FILE, connect
 from app.journal.journal import SqliteJournal
 
-from .support import claim, ended, make_job, new, queued, run
+from .support import add_job, claim, ended, make_job, new, queued, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_unfinished_jobs_have_claims(old: Path) -> None:
         assert {id_ for (id_,) in rows(old, "SELECT job_id FROM claims WHERE disk IS NOT NULL")} == unfinished
         for disk, job_id in (("vda", "bj-queued"), ("vdj", "bj-concluding")):
             with pytest.raises(JobConflict) as conflict:
-                await journal.add_job(queued(make_job("bj-9", disk=disk)))
+                await add_job(journal, queued(make_job("bj-9", disk=disk)))
             assert conflict.value.job_id == job_id
             assert conflict.value.resource == DiskChain("web1", disk)
         # The base of bj-starting under another name, and the path of bj-running's, whose identity was never seen.
@@ -139,7 +139,7 @@ def test_old_claims_end_with_their_job(old: Path) -> None:
         job = await journal.job("bj-queued")
         assert job
         await journal.store([ended(job, at=5)])
-        await journal.add_job(queued(make_job("bj-9")))
+        await add_job(journal, queued(make_job("bj-9")))
 
     run(old, story)
 

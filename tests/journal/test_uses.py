@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from app.core.images import Image, ImageUse, InvalidMark, InvalidReason
-from app.core.job import State
+from app.core.states import State
 from app.engine.ports.journal import Registration
 from app.engine.ports.uses import MarkChange
 from app.journal.journal import SqliteJournal
 from app.journal.writing import LostUpdate
 
-from .support import DAY, SetClock, ended, make_job, queued, run, started
+from .support import DAY, SetClock, add_job, ended, make_job, queued, run, started
 
 BIG = (1 << 64) - 1
 """The highest number of a device or an inode."""
@@ -98,7 +98,7 @@ def test_marks_outlive_their_job(tmp_path: Path) -> None:
     seen, unseen = mark(BASE), mark(Image("/images/s2.qcow2"), reason=InvalidReason.KEPT)
 
     async def fail(journal: SqliteJournal) -> None:
-        await journal.add_job(queued(job))
+        await add_job(journal, queued(job))
         await journal.store([started(job)], marks=MarkChange(add=(seen, unseen)))
         await journal.store([ended(started(job).job, at=5, state=State.FAILED)])
         await journal.prune(DAY)
@@ -141,7 +141,7 @@ def test_uses_and_marks_are_stored_with_their_job_or_not_at_all(tmp_path: Path) 
     chain = {("web1", "vda"): uses(BASE), ("db1", "vda"): uses(DEVICE, domain="db1")}
 
     async def story(journal: SqliteJournal) -> None:
-        await journal.add_job(queued(job))
+        await add_job(journal, queued(job))
         await journal.change_marks(MarkChange(add=(mark(BASE),)))
         change = MarkChange(add=(mark(ACTIVE),), remove=(BASE,))
         with pytest.raises(LostUpdate):

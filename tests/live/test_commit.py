@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from app.core.flags import CommitFlag, flag_names
+from app.core.flags import flag_names
+from app.core.kinds.commit import CommitFlag
 from tests.live.conftest import Boot, chain_spec
 from tests.support.chains import (
     CLUSTER,

@@ -15,11 +15,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.core.chain import Disk, Identity
+from app.core.chain import Disk, Identity, NotDeleted
 from app.core.errors import Code, Refused
-from app.core.flags import CommitFlag
-from app.core.job import NotDeleted, Process
-from app.core.plan import CommitRequest, Selection, choose_layers
+from app.core.evidence import Process
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.headers import HEADER
@@ -51,19 +49,9 @@ def disk_of(image: Path | str, images: LocalImages = IMAGES) -> Disk:
     return asyncio.run(images.offline_disk("vda", str(image)))
 
 
-def chosen(disk: Disk, top: int = 0, base: int = 1) -> Selection:
-    """The merge from `top` into `base`, positions in the chain."""
-    request = CommitRequest(top=f"vda[{top}]", base=f"vda[{base}]", flags=CommitFlag.ACTIVE)
-    if top:
-        request = CommitRequest(top=f"vda[{top}]", base=f"vda[{base}]")
-    selection = choose_layers(disk, request)
-    assert isinstance(selection, Selection)
-    return selection
-
-
 def measured(disk: Disk, top: int = 0, base: int = 1, images: LocalImages = IMAGES) -> Measure | None:
     """What the merge copies."""
-    return asyncio.run(images.measure(chosen(disk, top, base), None))
+    return asyncio.run(images.measure(disk.layers[top : base + 1], None))
 
 
 def clusters(copied: int, new: int, size: int = CLUSTER) -> Measure:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import Process
+from app.core.evidence import Process
 from app.hostfs import locks
 from app.hostfs.locks import UNSHARED_WRITE, WRITE, is_locked
 from app.hostfs.process import borrowed, start_time

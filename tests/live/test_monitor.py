@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import pytest
 
 from app.core.chain import Disk
-from app.core.job import Process
+from app.core.evidence import Process
 from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS
 from app.drivers.qmp.runner import NEEDED, QmpDriver, QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable

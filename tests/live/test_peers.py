@@ -189,8 +189,6 @@ NO_QEMU: dict[str, Talk] = {
     "status-of-no-shape": returns([], "query-status"),
     "jobs-of-no-shape": returns([{"id": 7}], "query-jobs"),
     "leaves": leaves_sooner_or_later(),
-    "event-without-data": tells({"event": "BLOCK_JOB_COMPLETED", "timestamp": STAMP}),
-    "event-of-no-shape": tells(event("BLOCK_JOB_COMPLETED", device=[], len="x", offset={})),
 }
 """Nothing of this can be worked with."""
 
@@ -198,6 +196,9 @@ STRANGE: dict[str, Talk] = {
     "huge-replies": returns({"running": True, "status": "x" * (20 * MIB)}, "query-status"),
     "answers-twice": answers(lambda request: usual(request) + usual(request), "query-uuid"),
     "unknown-events": tells(event("NEVER_HEARD_OF", deep={"x": [1, None]}), event("", x=1), times=100),
+    "event-without-data": tells({"event": "BLOCK_JOB_COMPLETED", "timestamp": STAMP}),
+    "event-of-no-shape": tells(event("BLOCK_JOB_COMPLETED", device=[], len="x", offset={})),
+    "event-without-name": tells({"event": [], "timestamp": STAMP}),
     "event-flood": tells(event("BLOCK_JOB_ERROR", device="x"), event("JOB_STATUS_CHANGE", id="x"), times=50_000),
 }
 """This can."""

@@ -19,13 +19,17 @@ from typing import Any, Final, cast
 import uvloop
 
 from app.api.render import JsonRender
-from app.core.chain import Identity
-from app.core.job import Job, NotDeleted, Process, State
-from app.core.machine.reports import StoredVersion
+from app.core.chain import Identity, NotDeleted
+from app.core.evidence import Process
+from app.core.images import MarkChange
+from app.core.job import Job
+from app.core.machine.step import StoredVersion
+from app.core.states import State
 from app.engine.ports.driver import Address, Driver, Runner
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.images import Images
-from app.engine.ports.journal import Journal
+from app.engine.ports.journal import Journal, NewJob
+from app.engine.ports.uses import DiskUses
 from app.engine.shared import Shared
 from app.engine.views import DomainView
 from app.logs import configure
@@ -108,7 +112,7 @@ class Around:
 
 def version_of(job: Job) -> str:
     """What a stored version of a job is called in a point's name."""
-    judged = job.state is State.CONCLUDING and job.ending is not None
+    judged = job.state is State.CONCLUDING and job.control.judgement is not None
     return "store-judged" if judged else f"store-{job.state}"
 
 
@@ -136,11 +140,11 @@ class DyingJournal(Around):
         self._journal = inner
 
     def _called(self, attribute: str, arguments: tuple[Any, ...]) -> str | None:
-        if attribute not in ("add_job", "store"):
+        if attribute != "add_jobs":
             return None
         self._fuse.light(lit=True)
-        told: Sequence[StoredVersion] = arguments[0]
-        return version_of(told[-1].job)
+        new: Sequence[NewJob] = arguments[0]
+        return version_of(new[-1].versions[-1].job)
 
     async def unfinished(self) -> Sequence[Job]:
         """As the journal's own, asked at the start."""
@@ -148,10 +152,13 @@ class DyingJournal(Around):
         self._fuse.light(lit=bool(jobs))
         return jobs
 
-    async def store(self, told: Sequence[StoredVersion]) -> None:
+    async def store(
+        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+    ) -> None:
         """As the journal's own; the points after an ended job's belong to nobody."""
-        await self._fuse.around(self._called("store", (told,)) or "", lambda: self._journal.store(told))
-        self._fuse.light(lit=not told[-1].job.ended)
+        job = told[-1].job
+        await self._fuse.around(version_of(job), lambda: self._journal.store(told, uses=uses, marks=marks))
+        self._fuse.light(lit=not job.ended)
 
     def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:
         """As the journal's own."""
@@ -229,7 +236,7 @@ def main() -> None:
 
     def wrap_ports(shared: Shared) -> None:
         shared.journal = cast(Journal, DyingJournal(shared.journal, fuse))
-        shared.driver = cast(Driver, DyingDriver(shared.driver, fuse))
+        shared.drivers = {name: cast(Driver, DyingDriver(driver, fuse)) for name, driver in shared.drivers.items()}
         shared.images = cast(Images, DyingImages(shared.images, fuse))
 
     settings = load(None, os.environ)

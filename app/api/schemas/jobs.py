@@ -10,8 +10,8 @@ from pydantic import Field
 
 from app.api.problems import ProblemOut, problem_document
 from app.api.schemas.base import Out, time_or_none, timestamp
-from app.core.flags import flag_names
-from app.core.job import DataState, Job, JobType, OnError, OnReady, PauseReason, State
+from app.core.job import Job
+from app.core.states import DataState, JobType, OnError, OnReady, PauseReason, State
 
 KEPT_TEXTS: Final = 256
 """How many ended jobs have their JSON text cached."""
@@ -105,10 +105,10 @@ def job_out(job: Job) -> JobOut:
         pause_reason=job.pause_reason,
         domain=job.domain,
         disk=job.disk,
-        top=job.top,
-        base=job.base,
-        overlay=job.overlay,
-        flags=flag_names(job.flags),
+        top=job.top_file,
+        base=job.base_file,
+        overlay=job.overlay_file,
+        flags=job.spec.flag_names,
         on_ready=job.on_ready,
         on_error=job.on_error,
         bandwidth=job.bandwidth,

@@ -8,10 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from app.api.schemas.base import Out
-from app.core.flags import flag_names
-from app.core.job import JobType
+from app.core.kinds import Spec
 from app.core.plan import Plan
-from app.core.qmp import block_commit_arguments
+from app.core.states import JobType
 
 
 class WarningOut(Out):
@@ -50,35 +49,25 @@ class PlanOut(Out):
     qmp: CommandOut
 
 
-def plan_out(plan: Plan) -> PlanOut:
+def plan_out(plan: Plan[Spec]) -> PlanOut:
     """The JSON of a dry run."""
-    chosen = plan.selection
-    disk, request, overlay = chosen.disk, chosen.request, chosen.overlay
-    top = disk.layers[chosen.top]
-    arguments = block_commit_arguments(
-        device=disk.node or "",
-        top_node=top.node,
-        base_node=chosen.base_layer.node,
-        backing_file=plan.backing_file,
-        speed=request.bandwidth,
-        on_error=request.on_error.value,
-    )
+    spec = plan.spec
     return PlanOut(
-        type=plan.type,
-        disk=disk.name,
-        top=top.file,
-        base=chosen.base_layer.file,
-        overlay=overlay.file if overlay else None,
-        flags=flag_names(request.flags),
-        chain_before=disk.files,
+        type=spec.type,
+        disk=plan.disk.name,
+        top=spec.top_file,
+        base=spec.base_file,
+        overlay=spec.overlay_file,
+        flags=spec.flag_names,
+        chain_before=plan.disk.files,
         chain_after=plan.chain_after,
         invalidates=plan.invalidates,
         deletes=plan.deletes,
-        bytes_to_copy=plan.bytes_to_copy,
-        base_growth_max=plan.base_growth_max,
+        bytes_to_copy=plan.demand.copies,
+        base_growth_max=plan.demand.growth,
         free=plan.free,
         resizes_base_to=plan.resizes_base_to,
         backing_file=plan.backing_file,
         warnings=[WarningOut(code=warning.code, detail=warning.detail) for warning in plan.warnings],
-        qmp=CommandOut(arguments=arguments),
+        qmp=CommandOut.model_validate({"execute": plan.command.execute, "arguments": dict(plan.command.arguments)}),
     )

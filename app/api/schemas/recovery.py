@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from app.api.schemas.base import Out, timestamp
-from app.core.job import State
+from app.core.states import State
 from app.engine.recovery import Found, Recovery
 
 

@@ -1,6 +1,6 @@
-"""How a job moves at a person's wish: the handlers of abort, pivot, pause, resume and speed.
+"""The handlers of controls: what people ask of a job.
 
-Each raises `Refused` where the wish does not fit the state.
+Each raises `Refused` where the request does not fit the state.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from app.core.errors import Code, Problem, Refused
-from app.core.job import ENDINGS, Command, DataState, Intent, Job, JobType, Resolution, State
+from app.core.job import Job, Resolution
 from app.core.machine.inputs import Abort, Input, Resolve, SetSpeed
-from app.core.machine.reports import Step, asked, begin_abort, begin_pivot, end, save
+from app.core.machine.step import Step, asked, begin_abort, begin_pivot, end, save
+from app.core.states import ENDINGS, Command, DataState, Intent, State
 
 
 def abort_queued(job: Job, _event: Input, now: int) -> Step:
-    return end(replace(job, intent=Intent.ABORT), State.CANCELED, now)
+    return end(replace(job, control=replace(job.control, intent=Intent.ABORT)), State.CANCELED, now)
 
 
 def abort_starting(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Abort)
     # Whether there is a job to cancel is known once QEMU has answered; `accepted` obeys then.
-    return save(replace(job, intent=Intent.FORCE if event.force else Intent.ABORT), None)
+    intent = Intent.FORCE if event.force else Intent.ABORT
+    return save(replace(job, control=replace(job.control, intent=intent)), None)
 
 
 def abort(job: Job, event: Input, _now: int) -> Step:
@@ -30,15 +32,16 @@ def abort(job: Job, event: Input, _now: int) -> Step:
 
 def abort_aborting(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, Abort)
-    if event.force and job.intent is not Intent.FORCE:
-        return save(replace(job, intent=Intent.FORCE), None, Command.CANCEL_FORCE)
+    if event.force and job.control.intent is not Intent.FORCE:
+        forced = replace(job, control=replace(job.control, intent=Intent.FORCE))
+        return save(forced, None, Command.ABORT_FORCE)
     return Step(job)
 
 
 def abort_concluding(job: Job, _event: Input, _now: int) -> Step:
-    if job.intent in (Intent.ABORT, Intent.FORCE):
+    if job.control.intent in (Intent.ABORT, Intent.FORCE):
         return Step(job)
-    code = Code.JOB_PIVOTING if job.intent is Intent.PIVOT else Code.JOB_FINISHED
+    code = Code.JOB_PIVOTING if job.control.intent is Intent.PIVOT else Code.JOB_FINISHED
     raise Refused(Problem(code=code, detail=f"the job {job.id} is concluding; its outcome is being read"))
 
 
@@ -52,7 +55,7 @@ def pivot_pivoting(job: Job, _event: Input, _now: int) -> Step:
 
 def not_ready(job: Job, _event: Input, _now: int) -> Step:
     if not job.pivotable:
-        why = "merges below the active layer" if job.type is JobType.COMMIT else "keeps the overlay active"
+        why = job.capabilities.ends_because or "keeps the overlay active"
         raise Refused(
             Problem(
                 code=Code.JOB_NOT_PIVOTABLE,
@@ -68,12 +71,13 @@ def not_ready(job: Job, _event: Input, _now: int) -> Step:
 
 
 def pause(job: Job, _event: Input, _now: int) -> Step:
-    return save(replace(job, pause_wanted=True, unconfirmed=asked(job, Command.PAUSE)), None, Command.PAUSE)
+    control = replace(job.control, pause_wanted=True, unconfirmed=asked(job, Command.PAUSE))
+    return save(replace(job, control=control), None, Command.PAUSE)
 
 
 def pause_paused(job: Job, event: Input, now: int) -> Step:
     # A pause by an I/O error, or one that was asked to end, may be over any moment; this one is to last.
-    return Step(job) if job.pause_wanted else pause(job, event, now)
+    return Step(job) if job.control.pause_wanted else pause(job, event, now)
 
 
 def not_pausable(job: Job, _event: Input, _now: int) -> Step:
@@ -83,14 +87,15 @@ def not_pausable(job: Job, _event: Input, _now: int) -> Step:
 
 
 def resume(job: Job, _event: Input, _now: int) -> Step:
-    going = replace(job, pause_wanted=False, unconfirmed=asked(job, Command.RESUME))
+    control = replace(job.control, pause_wanted=False, unconfirmed=asked(job, Command.RESUME))
+    going = replace(job, control=control)
     # From here on it may have pivoted at any moment, as before the I/O error that paused it.
-    return begin_pivot(going, Command.RESUME) if job.intent is Intent.PIVOT else save(going, None, Command.RESUME)
+    return begin_pivot(going, Command.RESUME) if control.intent is Intent.PIVOT else save(going, None, Command.RESUME)
 
 
 def resume_running(job: Job, event: Input, now: int) -> Step:
     # A pause that was asked for and has not been seen yet is taken back.
-    return resume(job, event, now) if job.pause_wanted else not_paused(job, event, now)
+    return resume(job, event, now) if job.control.pause_wanted else not_paused(job, event, now)
 
 
 def not_paused(job: Job, _event: Input, _now: int) -> Step:
@@ -99,18 +104,19 @@ def not_paused(job: Job, _event: Input, _now: int) -> Step:
 
 def set_speed(job: Job, event: Input, _now: int) -> Step:
     assert isinstance(event, SetSpeed)
-    faster = replace(job, bandwidth=event.bandwidth, unconfirmed=asked(job, Command.SET_SPEED))
-    return save(faster, None, Command.SET_SPEED)
+    control = replace(job.control, unconfirmed=asked(job, Command.SET_SPEED))
+    return save(replace(job, bandwidth=event.bandwidth, control=control), None, Command.SET_SPEED)
 
 
 def set_speed_starting(job: Job, event: Input, _now: int) -> Step:
     # Whether the command that starts the job had this speed is not known, so the next look sets it.
     assert isinstance(event, SetSpeed)
-    return save(replace(job, bandwidth=event.bandwidth, unconfirmed=asked(job, Command.SET_SPEED)), None)
+    control = replace(job.control, unconfirmed=asked(job, Command.SET_SPEED))
+    return save(replace(job, bandwidth=event.bandwidth, control=control), None)
 
 
 def set_speed_later(job: Job, event: Input, _now: int) -> Step:
-    """Before the job is started it is a wish, which the start carries out; at its end it has no effect."""
+    """Before the job is started it is a request, which the start carries out; at its end it has no effect."""
     assert isinstance(event, SetSpeed)
     return save(replace(job, bandwidth=event.bandwidth), None)
 

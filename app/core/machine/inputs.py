@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.core.errors import Problem
-from app.core.job import Process, Progress, Proof, Result, State
+from app.core.evidence import Evidence, Process
+from app.core.job import Progress, Result
+from app.core.states import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,13 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """The chain has been read again.
+class Gathered:
+    """What could be read of the outcome has been read.
 
-    `flushed`: QEMU has written to the disk all that it merged into the base, not only to its own cache.
+    `evidence` has what was read. What QEMU said and what was asked of it stand in the job.
     """
 
-    proof: Proof
-    chain: tuple[str, ...] = ()
-    flushed: bool = True
+    evidence: Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ class CleanedUp:
 
 
 @dataclass(frozen=True, slots=True)
-class CompleteTaken:
+class PivotTaken:
     """QEMU took the command to pivot (which does not mean that it has pivoted)."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompleteDeclined:
+class PivotDeclined:
     """QEMU refused to pivot just now."""
 
     problem: Problem
@@ -129,10 +129,10 @@ Input = (
     | Observed
     | Absent
     | Gone
-    | Checked
+    | Gathered
     | CleanedUp
-    | CompleteTaken
-    | CompleteDeclined
+    | PivotTaken
+    | PivotDeclined
     | Pivot
     | Abort
     | Pause

@@ -6,6 +6,9 @@ r"""A block job as a value, and the one table of how it moves.
                              |     |         |
                              +-- aborting ---+--> concluding -> completed | failed | canceled | lost
 
+Each row says for a state and an input which handler decides, and to which states it may lead. The picture in
+`docs/job-states.md` is drawn from the rows.
+
 `step(job, event, now)` is pure: it returns the job as it is now, what to store and tell, and what to do next. The
 engine stores before it acts, so that a crash between the two is repaired by asking QEMU (`app.core.reconcile`).
 
@@ -17,73 +20,49 @@ unless we asked for it, or an I/O error did. `ready` is QEMU's status and never 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from app.core.job import ENDED, WITH_QEMU, EventType, Job, State
-from app.core.machine.controls import (
-    abort,
-    abort_aborting,
-    abort_concluding,
-    abort_pivoting,
-    abort_queued,
-    abort_starting,
-    finished,
-    not_lost,
-    not_pausable,
-    not_paused,
-    not_ready,
-    nothing,
-    pause,
-    pause_paused,
-    pivot,
-    pivot_pivoting,
-    resolve,
-    resume,
-    resume_running,
-    set_speed,
-    set_speed_later,
-    set_speed_starting,
-)
+from app.core.job import Job
+from app.core.machine import controls, reports
 from app.core.machine.inputs import (
     Abort,
     Absent,
     Accepted,
-    Checked,
     CleanedUp,
-    CompleteDeclined,
-    CompleteTaken,
+    Gathered,
     Gone,
     Input,
     Launch,
     Observed,
     Pause,
     Pivot,
+    PivotDeclined,
+    PivotTaken,
     Rejected,
     Resolve,
     Resume,
     SetSpeed,
 )
-from app.core.machine.reports import (
-    Step,
-    StoredVersion,
-    absent,
-    absent_starting,
-    accepted,
-    checked,
-    checked_starting,
-    cleaned_up,
-    complete_declined,
-    complete_taken,
-    gone,
-    gone_concluding,
-    gone_queued,
-    launch,
-    observed,
-    observed_concluding,
-    observed_starting,
-    rejected,
-    rejected_starting,
-)
+from app.core.machine.step import Step, StoredVersion
+from app.core.states import ENDED, WITH_QEMU, EventType, State
+
+Handler = Callable[[Job, Input, int], Step]
+
+
+class IllegalMove(AssertionError):
+    """A handler led to a state that its row does not name: a mistake of ours, found before anything is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What an input does in a state: `handler` decides, and leads to one of `leads_to`, or refuses.
+
+    A row that leads nowhere always refuses.
+    """
+
+    handler: Handler
+    leads_to: frozenset[State]
 
 
 def start_job(job: Job) -> Step:
@@ -97,73 +76,92 @@ def step(job: Job, event: Input, now: int) -> Step:
     Raises `Refused` where a request (pivot, abort, pause, resume, speed, resolve) does not fit the state. Other pairs
     that are not in the table change nothing, each for the reason in `IGNORED`.
     """
-    handler = TRANSITIONS.get((job.state, type(event)))
-    return handler(job, event, now) if handler else Step(job)
+    row = TRANSITIONS.get((job.state, type(event)))
+    if row is None:
+        return Step(job)
+    following = row.handler(job, event, now)
+    if following.job.state not in row.leads_to:
+        raise IllegalMove(f"{job.state} with {type(event).__name__} leads to {following.job.state}")
+    return following
 
 
-Handler = Callable[[Job, Input, int], Step]
+def _to(handler: Handler, *states: State) -> Row:
+    return Row(handler, frozenset(states))
 
-TRANSITIONS: Final[Mapping[tuple[State, type[Input]], Handler]] = {
-    (State.QUEUED, Launch): launch,
-    (State.QUEUED, Rejected): rejected,
-    (State.QUEUED, Gone): gone_queued,
-    (State.QUEUED, Abort): abort_queued,
-    (State.QUEUED, Pivot): not_ready,
-    (State.QUEUED, Pause): not_pausable,
-    (State.QUEUED, Resume): not_paused,
-    (State.QUEUED, SetSpeed): set_speed_later,
-    (State.STARTING, Accepted): accepted,
-    (State.STARTING, Rejected): rejected_starting,
-    (State.STARTING, Observed): observed_starting,
-    (State.STARTING, Absent): absent_starting,
-    (State.STARTING, Checked): checked_starting,
-    (State.STARTING, Gone): gone,
-    (State.STARTING, Abort): abort_starting,
-    (State.STARTING, Pivot): not_ready,
-    (State.STARTING, Pause): not_pausable,
-    (State.STARTING, Resume): not_paused,
-    (State.STARTING, SetSpeed): set_speed_starting,
-    (State.CONCLUDING, Observed): observed_concluding,
-    (State.CONCLUDING, Absent): observed_concluding,
-    (State.CONCLUDING, Gone): gone_concluding,
-    (State.CONCLUDING, Checked): checked,
-    (State.CONCLUDING, CleanedUp): cleaned_up,
-    (State.CONCLUDING, Abort): abort_concluding,
-    (State.CONCLUDING, Pivot): not_ready,
-    (State.CONCLUDING, Pause): not_pausable,
-    (State.CONCLUDING, Resume): not_paused,
-    (State.CONCLUDING, SetSpeed): set_speed_later,
-    **{(state, Observed): observed for state in WITH_QEMU},
-    **{(state, Absent): absent for state in WITH_QEMU},
-    **{(state, Gone): gone for state in WITH_QEMU},
-    **{(state, SetSpeed): set_speed for state in WITH_QEMU},
-    (State.RUNNING, Abort): abort,
-    (State.RUNNING, Pivot): not_ready,
-    (State.RUNNING, Pause): pause,
-    (State.RUNNING, Resume): resume_running,
-    (State.PAUSED, Abort): abort,
-    (State.PAUSED, Pivot): not_ready,
-    (State.PAUSED, Pause): pause_paused,
-    (State.PAUSED, Resume): resume,
-    (State.READY, Abort): abort,
-    (State.READY, Pivot): pivot,
-    (State.READY, Pause): not_pausable,
-    (State.READY, Resume): not_paused,
-    (State.PIVOTING, CompleteTaken): complete_taken,
-    (State.PIVOTING, CompleteDeclined): complete_declined,
-    (State.PIVOTING, Abort): abort_pivoting,
-    (State.PIVOTING, Pivot): pivot_pivoting,
-    (State.PIVOTING, Pause): not_pausable,
-    (State.PIVOTING, Resume): not_paused,
-    (State.ABORTING, Abort): abort_aborting,
-    (State.ABORTING, Pivot): not_ready,
-    (State.ABORTING, Pause): not_pausable,
-    (State.ABORTING, Resume): not_paused,
-    (State.CANCELED, Abort): nothing,
-    **{(state, Abort): finished for state in ENDED if state is not State.CANCELED},
-    **{(state, request): finished for state in ENDED for request in (Pivot, Pause, Resume, SetSpeed)},
-    (State.LOST, Resolve): resolve,
-    **{(state, Resolve): not_lost for state in State if state is not State.LOST},
+
+def _refuse(handler: Handler) -> Row:
+    return Row(handler, frozenset())
+
+
+_ON_ITS_WAY: Final = (State.PAUSED, State.READY, State.PIVOTING, State.CONCLUDING)
+
+TRANSITIONS: Final[Mapping[tuple[State, type[Input]], Row]] = {
+    (State.QUEUED, Launch): _to(reports.launch, State.STARTING),
+    (State.QUEUED, Rejected): _to(reports.rejected, State.FAILED),
+    (State.QUEUED, Gone): _to(reports.gone_queued, State.FAILED),
+    (State.QUEUED, Abort): _to(controls.abort_queued, State.CANCELED),
+    (State.QUEUED, Pivot): _refuse(controls.not_ready),
+    (State.QUEUED, Pause): _refuse(controls.not_pausable),
+    (State.QUEUED, Resume): _refuse(controls.not_paused),
+    (State.QUEUED, SetSpeed): _to(controls.set_speed_later, State.QUEUED),
+    (State.STARTING, Accepted): _to(reports.accepted, State.RUNNING, State.ABORTING),
+    (State.STARTING, Rejected): _to(reports.rejected_starting, State.STARTING, State.FAILED),
+    (State.STARTING, Observed): _to(reports.observed_starting, State.RUNNING, State.ABORTING, *_ON_ITS_WAY),
+    (State.STARTING, Absent): _to(reports.absent_starting, State.STARTING),
+    (State.STARTING, Gathered): _to(
+        reports.gathered_starting, State.STARTING, State.CANCELED, State.FAILED, State.CONCLUDING
+    ),
+    (State.STARTING, Gone): _to(reports.gone, State.CONCLUDING),
+    (State.STARTING, Abort): _to(controls.abort_starting, State.STARTING),
+    (State.STARTING, Pivot): _refuse(controls.not_ready),
+    (State.STARTING, Pause): _refuse(controls.not_pausable),
+    (State.STARTING, Resume): _refuse(controls.not_paused),
+    (State.STARTING, SetSpeed): _to(controls.set_speed_starting, State.STARTING),
+    (State.RUNNING, Observed): _to(reports.observed, State.RUNNING, *_ON_ITS_WAY),
+    (State.RUNNING, Abort): _to(controls.abort, State.ABORTING),
+    (State.RUNNING, Pivot): _refuse(controls.not_ready),
+    (State.RUNNING, Pause): _to(controls.pause, State.RUNNING),
+    (State.RUNNING, Resume): _to(controls.resume_running, State.RUNNING, State.PIVOTING),
+    (State.PAUSED, Observed): _to(reports.observed, State.RUNNING, *_ON_ITS_WAY),
+    (State.PAUSED, Abort): _to(controls.abort, State.ABORTING),
+    (State.PAUSED, Pivot): _refuse(controls.not_ready),
+    (State.PAUSED, Pause): _to(controls.pause_paused, State.PAUSED),
+    (State.PAUSED, Resume): _to(controls.resume, State.PAUSED, State.PIVOTING),
+    (State.READY, Observed): _to(reports.observed, State.READY, State.PAUSED, State.CONCLUDING),
+    (State.READY, Abort): _to(controls.abort, State.ABORTING),
+    (State.READY, Pivot): _to(controls.pivot, State.PIVOTING),
+    (State.READY, Pause): _refuse(controls.not_pausable),
+    (State.READY, Resume): _refuse(controls.not_paused),
+    (State.PIVOTING, Observed): _to(reports.observed, State.PIVOTING, State.PAUSED, State.CONCLUDING),
+    (State.PIVOTING, PivotTaken): _to(reports.pivot_taken, State.PIVOTING),
+    (State.PIVOTING, PivotDeclined): _to(reports.pivot_declined, State.PIVOTING, State.READY),
+    (State.PIVOTING, Abort): _refuse(controls.abort_pivoting),
+    (State.PIVOTING, Pivot): _to(controls.pivot_pivoting, State.PIVOTING),
+    (State.PIVOTING, Pause): _refuse(controls.not_pausable),
+    (State.PIVOTING, Resume): _refuse(controls.not_paused),
+    (State.ABORTING, Observed): _to(reports.observed, State.ABORTING, State.CONCLUDING),
+    (State.ABORTING, Abort): _to(controls.abort_aborting, State.ABORTING),
+    (State.ABORTING, Pivot): _refuse(controls.not_ready),
+    (State.ABORTING, Pause): _refuse(controls.not_pausable),
+    (State.ABORTING, Resume): _refuse(controls.not_paused),
+    **{(state, Absent): _to(reports.absent, State.CONCLUDING) for state in WITH_QEMU},
+    **{(state, Gone): _to(reports.gone, State.CONCLUDING) for state in WITH_QEMU},
+    **{(state, SetSpeed): _to(controls.set_speed, state) for state in WITH_QEMU},
+    (State.CONCLUDING, Observed): _to(reports.concluding_again, State.CONCLUDING),
+    (State.CONCLUDING, Absent): _to(reports.concluding_again, State.CONCLUDING),
+    (State.CONCLUDING, Gone): _to(reports.concluding_again, State.CONCLUDING),
+    (State.CONCLUDING, Gathered): _to(reports.gathered, State.CONCLUDING),
+    (State.CONCLUDING, CleanedUp): _to(reports.cleaned_up, *ENDED),
+    (State.CONCLUDING, Abort): _to(controls.abort_concluding, State.CONCLUDING),
+    (State.CONCLUDING, Pivot): _refuse(controls.not_ready),
+    (State.CONCLUDING, Pause): _refuse(controls.not_pausable),
+    (State.CONCLUDING, Resume): _refuse(controls.not_paused),
+    (State.CONCLUDING, SetSpeed): _to(controls.set_speed_later, State.CONCLUDING),
+    (State.CANCELED, Abort): _to(controls.nothing, State.CANCELED),
+    **{(state, Abort): _refuse(controls.finished) for state in ENDED if state is not State.CANCELED},
+    **{(state, asked): _refuse(controls.finished) for state in ENDED for asked in (Pivot, Pause, Resume, SetSpeed)},
+    (State.LOST, Resolve): _to(controls.resolve, State.COMPLETED, State.FAILED, State.CANCELED),
+    **{(state, Resolve): _refuse(controls.not_lost) for state in State if state is not State.LOST},
 }
 
 IGNORED: Final[Mapping[type[Input], str]] = {
@@ -173,9 +171,9 @@ IGNORED: Final[Mapping[type[Input], str]] = {
     Observed: "a job that waits is not in QEMU yet, and one that ended is only waiting to be dismissed",
     Absent: "a job that waits is not in QEMU yet, and one that ended has been dismissed",
     Gone: "the outcome was known before QEMU ended",
-    Checked: "the chain was read for a question that has been answered meanwhile",
+    Gathered: "the chain was read for a question that has been answered meanwhile",
     CleanedUp: "only a concluding job is tidied up after",
-    CompleteTaken: "the job concluded before QEMU's reply to job-complete was read",
-    CompleteDeclined: "the job concluded before QEMU's reply to job-complete was read",
+    PivotTaken: "the job concluded before QEMU's reply to job-complete was read",
+    PivotDeclined: "the job concluded before QEMU's reply to job-complete was read",
 }
-"""Why an event that is in no row of `TRANSITIONS` for a state changes nothing there."""
+"""Why an input that is in no row of `TRANSITIONS` for a state changes nothing there."""

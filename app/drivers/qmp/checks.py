@@ -132,7 +132,8 @@ def integer(least: int) -> Judge[int]:
 
 any_integer = integer(INTEGER_MIN)
 count = integer(0)
-positive = integer(1)
+cluster = integer(512)
+"""The size of a cluster; no format that QEMU knows has a smaller one than a sector (block/qcow2.h)."""
 
 
 def boolean(value: object) -> bool:

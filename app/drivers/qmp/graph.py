@@ -10,11 +10,10 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
-from app.core.adopt import OrphanJob
 from app.core.chain import Disk, Layer
+from app.core.orphan import OrphanJob
 from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Node, Stats
 
 FILTERS: Final = frozenset(
@@ -153,40 +152,34 @@ def _layer(
 
 def read_orphan(
     job: BlockJob, *, disks: Sequence[Disk], nodes: Mapping[str, Node], graph: BlockGraph, folder: str | None
-) -> OrphanJob | None:
-    """What a commit works on, by the nodes that it holds; None where it holds none, or none of a disk.
+) -> OrphanJob:
+    """The nodes that a job holds, by the role that QEMU gives them, and those of them that are in no chain any more.
 
-    `job` is of query-block-jobs, the rest as in `read_disks`. A commit below the active layer holds its base and the
-    layers above until it is dismissed, also once it has merged them and they are in no chain any more; one of the
-    active layer holds its `source` and `target` until it concludes (block/commit.c, block/mirror.c).
+    The arguments are as in `read_disks`. Filters are left out, as they are no layers.
     """
     held: dict[str, list[str]] = {}
     files: dict[str, str] = {}
     for edge in graph.edges:
         parent, child = graph.nodes[edge.parent].name, graph.nodes[edge.child].name
         if parent == job.id:
-            held.setdefault(edge.name, []).append(child)
+            if (node := nodes.get(child)) is None or node.driver not in FILTERS:
+                held.setdefault(edge.name, []).append(child)
         elif edge.name == "file":
             files[parent] = child
-    base = next(iter([*held.get("base", ()), *held.get("target", ())]), None)
-    disk = next((disk for disk in disks if base in disk.nodes), None)
-    if base is None or disk is None:
-        return None
-    at = disk.nodes.index(base)
-    merged = held.get("source") or [
-        name
-        for name in held.get("intermediate node", ())
-        if (node := nodes.get(name)) is None or node.driver not in FILTERS
-    ]
-    there = [disk.nodes.index(name) for name in merged if name in disk.nodes]
-    if not there:
-        if any(name not in nodes for name in merged):
-            return None
-        layers = [_layer(nodes[name], list(_carriers(name, files)), (), nodes, folder) for name in merged]
-        disk = replace(disk, layers=(*disk.layers[:at], *layers, *disk.layers[at:]))
-        there, at = [at], at + len(layers)
-    # QEMU's own graph has the base below the merged layers; another program's may have anything.
-    return OrphanJob(disk=disk, top=min(there), base=at, bandwidth=job.speed) if min(there) < at else None
+    in_chains = {node for disk in disks for node in disk.nodes}
+    loose = {
+        name: _layer(nodes[name], list(_carriers(name, files)), (), nodes, folder)
+        for names in held.values()
+        for name in names
+        if name in nodes and name not in in_chains
+    }
+    return OrphanJob(
+        job_type=job.type,
+        speed=job.speed,
+        disks=tuple(disks),
+        held={role: tuple(names) for role, names in held.items()},
+        loose=loose,
+    )
 
 
 def _carriers(node: str, files: Mapping[str, str]) -> Iterable[str]:

@@ -19,6 +19,7 @@ from app.drivers.qmp.checks import (
     Wrong,
     any_integer,
     boolean,
+    cluster,
     count,
     list_of,
     member,
@@ -27,7 +28,6 @@ from app.drivers.qmp.checks import (
     only,
     optional,
     path,
-    positive,
     text,
     tree,
 )
@@ -97,7 +97,7 @@ def _node(value: object) -> Node:
     try:
         virtual_size = member(image, "virtual-size", count)
         actual_size = optional(image, "actual-size", count)
-        cluster_size = optional(image, "cluster-size", positive)
+        cluster_size = optional(image, "cluster-size", cluster)
         backing = optional(image, "backing-filename", path)
         backing_format = optional(image, "backing-filename-format", name)
     except Wrong as wrong:

@@ -11,17 +11,18 @@ from typing import Final, TypeVar
 
 import structlog
 
-from app.core.adopt import OrphanJob
 from app.core.chain import Disk
 from app.core.errors import Code, Problem
-from app.core.job import Job, Process
+from app.core.evidence import Process
+from app.core.job import Job
+from app.core.kinds import KINDS, kind_of
 from app.core.machine.inputs import Observed
-from app.core.qmp import block_commit_arguments
+from app.core.orphan import OrphanJob
 from app.drivers.qmp import graph, replies
 from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import Events
-from app.engine.ports.driver import Address, Declined, QemuFacts
+from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts
 from app.hostfs.identity import with_files
 from app.hostfs.process import alive, folder_of, start_time
 
@@ -181,24 +182,16 @@ class QmpRunner:
         disks = await self.disks()
         block_graph = await self._connection.ask(replies.GRAPH)
         jobs = await self._connection.ask(replies.BLOCK_JOBS)
-        job = next((job for job in jobs if job.id == job_id and job.type == "commit"), None)
+        job = next((job for job in jobs if job.id == job_id), None)
         if job is None:
             return None
         folder = folder_of(self.facts.process)
         return graph.read_orphan(job, disks=disks, nodes=self._nodes, graph=block_graph, folder=folder)
 
     async def start(self, job: Job) -> None:
-        """Start the job (QAPI `block-commit`)."""
-        work = job.work
-        arguments = block_commit_arguments(
-            device=work.disk_node,
-            top_node=work.nodes[work.top],
-            base_node=work.nodes[work.base],
-            backing_file=work.backing_file,
-            speed=job.bandwidth,
-            on_error=job.on_error.value,
-        )
-        await self._connection.execute("block-commit", {"job-id": job.id} | arguments)
+        """Start the job by the command of its kind."""
+        command = kind_of(job.spec).command(job.spec, bandwidth=job.bandwidth, on_error=job.on_error)
+        await self._connection.execute(command.execute, {"job-id": job.id} | dict(command.arguments))
 
     async def pivot(self, job_id: str) -> None:
         """Ask a ready job to pivot (QAPI `job-complete`)."""
@@ -280,6 +273,7 @@ class QmpDriver:
     """The `Driver` port; `timeout` is the most seconds that one command may take."""
 
     def __init__(self, timeout: float) -> None:
+        self.capabilities = DriverCapabilities(kinds=frozenset(KINDS))
         self._timeout = timeout
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.core.adopt import OrphanJob
 from app.core.chain import Disk
 from app.core.errors import Problem
-from app.core.job import Job, Process
+from app.core.evidence import Process
+from app.core.job import Job
 from app.core.machine.inputs import Observed
+from app.core.orphan import OrphanJob
 
 
 class MonitorError(Exception):
@@ -140,8 +141,21 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverCapabilities:
+    """What a driver can do. Everything is asked of this, nothing of a driver's name."""
+
+    kinds: frozenset[str]
+    """The kinds of jobs that its runners take (`app.core.kinds.KINDS`)."""
+
+
 class Driver(Protocol):
-    """Opens monitors."""
+    """Opens runners."""
+
+    @property
+    def capabilities(self) -> DriverCapabilities:
+        """What it can do."""
+        ...
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> Runner:
         """A connection to the monitor at `address`; raises `Unreachable` or `Busy`.

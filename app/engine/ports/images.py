@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.core.chain import Disk, Identity
-from app.core.job import NotDeleted, Process
-from app.core.plan import Selection
+from app.core.chain import Disk, Identity, Layer, NotDeleted
+from app.core.evidence import Process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """From the images' own maps, in bytes: what a commit copies, and how much of it is new to the base."""
+    """From the images' own maps, in bytes: what a merge copies, and how much of it is new to the written layer."""
 
     bytes_to_copy: int
     new_bytes: int
@@ -41,8 +40,11 @@ class Images(Protocol):
         """Whether a process other than `process` holds an image lock on `path`."""
         ...
 
-    async def measure(self, chosen: Selection, process: Process | None) -> Measure | None:
-        """Read the maps of the chosen layers; None where the tool or the files can't be had in time."""
+    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
+        """From the maps of a run of layers, topmost first: what a merge of all into the last one copies.
+
+        None where the tool or the files can't be had in time.
+        """
         ...
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.core.images import Claim, Image, Resource
-from app.core.job import Job, State
-from app.core.machine.reports import StoredVersion
+from app.core.job import Job
+from app.core.machine.step import StoredVersion
+from app.core.states import State
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
 from app.engine.ports.outbox import Webhook
@@ -17,13 +18,17 @@ from app.engine.ports.uses import DiskUses, ImageRecords, MarkChange
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """A domain as it was registered (or found: then `discovered`). `disks` maps target names to image paths."""
+    """A domain as it was registered (or found: then `discovered`). `disks` maps target names to image paths.
+
+    `driver` is the name of the one that carries the domain's jobs out.
+    """
 
     id: str
     address: Address | None = None
     disks: Mapping[str, str] = field(default_factory=dict[str, str])
     allow_managed: bool = False
     discovered: bool = False
+    driver: str = "qmp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +116,6 @@ class Journal(ImageRecords, Protocol):
         """
         ...
 
-    async def add_job(
-        self,
-        told: Sequence[StoredVersion],
-        key: IdempotencyKey | None = None,
-        callback: Webhook | None = None,
-        claims: tuple[Claim, ...] | None = None,
-    ) -> None:
-        """Store one new job, as `add_jobs` does. Without `claims` the job has a write claim on its disk's chain."""
-        ...
-
     async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
         """What a key of that name led to, if it was stored at `since` (ms since 1970) or later."""
         ...
@@ -157,10 +152,6 @@ class Journal(ImageRecords, Protocol):
 
     async def jobs_of(self, parent: str) -> Sequence[Job]:
         """The jobs that are steps of another one, oldest first."""
-        ...
-
-    async def modified_chains(self, domain: str, disk: str) -> Sequence[Job]:
-        """Ended jobs on this disk that left a base modified (failed, canceled, lost, or `keep`)."""
         ...
 
     async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from app.core.images import Image, ImageUse, InvalidMark
+from app.core.images import Image, ImageUse, InvalidMark, MarkChange
 
 DiskUses = Mapping[tuple[str, str], Sequence[ImageUse]]
 """For some disks, named by (domain, disk), every use by their chains now; a disk without uses has no medium."""
-
-
-@dataclass(frozen=True, slots=True)
-class MarkChange:
-    """Which marks are set, and which images are valid or gone now: all marks of theirs end first."""
-
-    add: tuple[InvalidMark, ...] = ()
-    remove: tuple[Image, ...] = ()
 
 
 class ImageRecords(Protocol):

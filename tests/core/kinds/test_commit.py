@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.chain import Disk, Layer
+from app.core.chain import Disk, Layer, NotDeleted
 from app.core.errors import Code, Problem
-from app.core.flags import CommitFlag
-from app.core.job import JobType, NotDeleted, OnError, OnReady, State
-from app.core.plan import CommitRequest, Facts, Plan, Selection, choose_layers, commit_request, plan_commit
+from app.core.images import Access, Claim, DiskChain, Image
+from app.core.job import accept
+from app.core.kinds import KINDS, capabilities_of, commit, kind_of
+from app.core.kinds.commit import CommitFlag, CommitRequest, CommitSelection, CommitSpec
+from app.core.plan import Facts, Plan
+from app.core.states import JobType, OnError, OnReady, State
 from tests.core.samples import FILES, GIB, LAYERS, NODES, disk, plan, refusal, request, selection, with_layer
 
 EMPTY = Disk(name="vda")
@@ -31,13 +34,13 @@ class Case:
     conflict: str | None = None
     facts: Facts = Facts(free=100 * GIB)
 
-    def answer(self) -> Plan | Problem:
+    def answer(self) -> Plan[CommitSpec] | Problem:
         """What the three stages make of it."""
-        asked = commit_request(**self.body)
+        asked = commit.request(**self.body)
         if isinstance(asked, Problem):
             return asked
-        chosen = choose_layers(self.on, asked, conflict=self.conflict)
-        return chosen if isinstance(chosen, Problem) else plan_commit(chosen, self.facts)
+        chosen = commit.select(self.on, asked, conflict=self.conflict)
+        return chosen if isinstance(chosen, Problem) else commit.plan(chosen, self.facts)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_of_two_faults_the_earlier_check_answers(case: Case, earlier: Code, late
 
 def test_every_wrong_field_is_told_at_once() -> None:
     """Flags, bandwidth and backing file are each named with their pointer in one answer."""
-    problem = refusal(commit_request(flags=["active", "x"], bandwidth=-1, backing_file="x" * 1024))
+    problem = refusal(commit.request(flags=["active", "x"], bandwidth=-1, backing_file="x" * 1024))
     errors = problem.extra["errors"]
     assert isinstance(errors, list)
     assert [error["pointer"] for error in errors] == ["/flags/1", "/bandwidth", "/backing_file"]  # pyright: ignore[reportUnknownVariableType] - JSON
@@ -153,7 +156,7 @@ def test_every_wrong_field_is_told_at_once() -> None:
 
 def test_the_unit_is_in_doubt_while_the_flags_are_wrong() -> None:
     """With an unknown flag, a bandwidth that is right in one of the units is not complained about."""
-    problem = refusal(commit_request(flags=["x"], bandwidth=2**63 - 1))
+    problem = refusal(commit.request(flags=["x"], bandwidth=2**63 - 1))
     assert "/bandwidth" not in problem.detail
 
 
@@ -195,9 +198,9 @@ def test_the_request_as_it_was_meant() -> None:
 def test_the_layers_that_are_meant(asked: CommitRequest, top: int, base: int) -> None:
     """Null means the active layer and the bottom; `shallow` the layer right below `top`; names mean their layer."""
     chosen = selection(asked)
-    assert (chosen.top, chosen.base) == (top, base)
+    assert (chosen.top_index, chosen.base_index) == (top, base)
     assert chosen.merged == LAYERS[top:base]
-    assert chosen.base_layer == LAYERS[base]
+    assert chosen.base == LAYERS[base]
     assert chosen.active is (top == 0)
     assert chosen.overlay == (None if top == 0 else LAYERS[top - 1])
 
@@ -206,17 +209,17 @@ def test_a_file_behind_a_link_is_a_layer() -> None:
     """Paths in the request are told by the identity of what they lead to."""
     on = disk(*(replace(layer, identity=(1, inode)) for inode, layer in enumerate(LAYERS)))
     asked = request(top="/links/a", base="/links/b")
-    chosen = choose_layers(on, asked, identities={"/links/a": (1, 1), "/links/b": (1, 2)})
+    chosen = commit.select(on, asked, identities={"/links/a": (1, 1), "/links/b": (1, 2)})
     assert not isinstance(chosen, Problem)
-    assert (chosen.top, chosen.base) == (1, 2)
+    assert (chosen.top_index, chosen.base_index) == (1, 2)
 
 
 def test_a_conflict_names_the_job() -> None:
     """The job in the way is named, our own before one that only QEMU knows."""
     asked = request(flags=["active"])
     on = disk(running_jobs=("backup0",))
-    assert refusal(choose_layers(on, asked, conflict="bj-9")).extra == {"job": "bj-9"}
-    problem = refusal(choose_layers(on, asked))
+    assert refusal(commit.select(on, asked, conflict="bj-9")).extra == {"job": "bj-9"}
+    problem = refusal(commit.select(on, asked))
     assert problem.extra == {"job": "backup0"}
     assert "backup0" in problem.detail
 
@@ -225,15 +228,15 @@ def test_a_chain_that_was_not_meant_is_refused() -> None:
     """One of the digests has to be the chain's; a refusal names the one that it has."""
     on = disk()
     asked = request(flags=["active"])
-    assert isinstance(choose_layers(on, replace(asked, digests=frozenset({"x", on.digest}))), Selection)
-    problem = refusal(choose_layers(on, replace(asked, digests=frozenset({"x"})), conflict="bj-9"))
+    assert isinstance(commit.select(on, replace(asked, digests=frozenset({"x", on.digest}))), CommitSelection)
+    problem = refusal(commit.select(on, replace(asked, digests=frozenset({"x"})), conflict="bj-9"))
     assert (problem.code, problem.extra) == (Code.CHAIN_CHANGED, {"digest": on.digest})
-    assert refusal(choose_layers(on, replace(request(), digests=frozenset()))).code is Code.CHAIN_CHANGED
+    assert refusal(commit.select(on, replace(request(), digests=frozenset()))).code is Code.CHAIN_CHANGED
 
 
 def test_a_layer_that_is_not_found_comes_with_those_that_are() -> None:
     """The refusal lists the layers by index and file, so that the caller need not ask again."""
-    problem = refusal(choose_layers(disk(), request(top="oops")))
+    problem = refusal(commit.select(disk(), request(top="oops")))
     assert all(f"vda[{index}] {file}" in problem.detail for index, file in enumerate(FILES))
 
 
@@ -246,7 +249,7 @@ def test_a_layer_that_is_not_found_comes_with_those_that_are() -> None:
 )
 def test_top_not_active_says_what_was_asked(asked: CommitRequest, word: str) -> None:
     """The refusal names the field that does not go with an inner layer."""
-    assert word in refusal(choose_layers(disk(), asked)).detail
+    assert word in refusal(commit.select(disk(), asked)).detail
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_top_not_active_says_what_was_asked(asked: CommitRequest, word: str) -> 
 def test_relative_needs_every_header_down_to_the_base(position: int, top: str, *, refused: bool) -> None:
     """One absolute header between the layer above `top` and the base is enough to refuse; one further up is not."""
     on = disk(*with_layer(position, backing=f"/images/{('s2', 's1', 'base')[position]}.qcow2"))
-    answer = choose_layers(on, request(top=top, flags=["relative"]))
+    answer = commit.select(on, request(top=top, flags=["relative"]))
     if refused:
         assert refusal(answer).code is Code.RELATIVE_IMPOSSIBLE
         assert FILES[position] in refusal(answer).detail
@@ -272,15 +275,15 @@ def test_relative_has_no_effect_on_an_active_commit() -> None:
 def test_what_blocks_the_base_is_named() -> None:
     """The user of a shared base, the locked file, and the bytes that are missing stand in the answer."""
     chosen = selection(request(flags=["active"]))
-    assert refusal(plan_commit(chosen, Facts(shared_with="web2/vda"))).extra == {
+    assert refusal(commit.plan(chosen, Facts(shared_with="web2/vda"))).extra == {
         "file": "/images/base.qcow2",
         "used_by": "web2/vda",
     }
-    assert refusal(plan_commit(chosen, Facts(locked=True))).extra == {"file": "/images/base.qcow2"}
-    growth = plan(request(flags=["active"])).base_growth_max
-    short = refusal(plan_commit(chosen, Facts(free=growth - 1)))
+    assert refusal(commit.plan(chosen, Facts(locked=True))).extra == {"file": "/images/base.qcow2"}
+    growth = plan(request(flags=["active"])).demand.growth
+    short = refusal(commit.plan(chosen, Facts(free=growth - 1)))
     assert short.extra == {"needed": growth, "free": growth - 1}
-    assert isinstance(plan_commit(chosen, Facts(free=growth)), Plan)
+    assert isinstance(commit.plan(chosen, Facts(free=growth)), Plan)
 
 
 # What a plan says --------------------------------------------------------------------------------------------------
@@ -289,11 +292,11 @@ def test_what_blocks_the_base_is_named() -> None:
 def test_an_active_commit() -> None:
     """The base becomes the active layer, and all above it is worthless."""
     made = plan(request(flags=["active"]))
-    assert made.type is JobType.ACTIVE_COMMIT
+    assert made.spec.type is JobType.ACTIVE_COMMIT
     assert made.chain_after == ("/images/base.qcow2",)
     assert made.invalidates == FILES[:3]
     assert made.deletes == ()
-    assert made.undeletable == ()
+    assert made.spec.undeletable == ()
     assert made.backing_file is None
     assert made.resizes_base_to is None
     assert made.free == 100 * GIB
@@ -302,7 +305,7 @@ def test_an_active_commit() -> None:
 def test_an_intermediate_commit() -> None:
     """The layers from `top` to above the base leave the chain, and the overlay's header names the base."""
     made = plan(request(top="vda[1]", base="vda[2]"))
-    assert made.type is JobType.COMMIT
+    assert made.spec.type is JobType.COMMIT
     assert made.chain_after == (FILES[0], FILES[2], FILES[3])
     assert made.invalidates == (FILES[1],)
     assert made.backing_file == "s1.qcow2"
@@ -320,17 +323,17 @@ def test_deletes_are_the_invalidated_files_that_can_be_deleted() -> None:
     facts = Facts(free=100 * GIB, undeletable={FILES[1]: "a block device", "/images/base.qcow2": "the base"})
     made = plan(request(flags=["active", "delete"]), facts=facts)
     assert made.deletes == (FILES[0], FILES[2])
-    assert made.undeletable == (NotDeleted(file=FILES[1], reason="a block device"),)
+    assert made.spec.undeletable == (NotDeleted(file=FILES[1], reason="a block device"),)
     assert [w.detail for w in made.warnings if w.code == "not-deletable"] == [f"{FILES[1]}: a block device"]
-    work = made.job(id_="bj-1", domain="web1", requested_by="ci", now=1).work
-    assert (work.deletes, work.undeletable) == (made.deletes, made.undeletable)
+    work = made.spec
+    assert work.deletes == made.deletes
 
 
 def test_nothing_is_deleted_without_the_flag() -> None:
     """Without `delete` no file is named as one, and none is warned about."""
     made = plan(request(flags=["active"]), facts=Facts(free=100 * GIB, undeletable={FILES[1]: "a block device"}))
     assert made.deletes == ()
-    assert made.undeletable == ()
+    assert made.spec.undeletable == ()
     assert "not-deletable" not in codes(made)
 
 
@@ -379,7 +382,7 @@ def test_an_inner_merge_does_not_grow_the_guests_disk() -> None:
     [
         (Facts(free=GIB), ["base-grows", "size-estimated"]),
         (Facts(), ["base-grows", "free-unknown", "size-estimated"]),
-        (Facts(base_is_device=True), ["size-estimated"]),
+        (Facts(written_is_device=True), ["size-estimated"]),
         (Facts(free=GIB, bytes_to_copy=10, new_bytes=10), ["base-grows"]),
         (Facts(free=GIB, bytes_to_copy=10, new_bytes=0), []),
     ],
@@ -400,9 +403,9 @@ def test_filters_between_the_layers_are_dropped() -> None:
 
 def test_the_copy_is_what_the_maps_say_else_what_the_layers_take() -> None:
     """Without the images' maps, the sizes of the merged layers are summed, the base's not among them."""
-    assert plan(request(flags=["active"])).bytes_to_copy == 6000
-    assert plan(request(top="vda[1]")).bytes_to_copy == 3000
-    assert plan(request(flags=["active"]), facts=Facts(bytes_to_copy=7, new_bytes=5)).bytes_to_copy == 7
+    assert plan(request(flags=["active"])).demand.copies == 6000
+    assert plan(request(top="vda[1]")).demand.copies == 3000
+    assert plan(request(flags=["active"]), facts=Facts(bytes_to_copy=7, new_bytes=5)).demand.copies == 7
 
 
 # How much the base can grow ------------------------------------------------------------------------------------------
@@ -411,7 +414,7 @@ def test_the_copy_is_what_the_maps_say_else_what_the_layers_take() -> None:
 def growth(base: Layer, facts: Facts, *, top_size: int = GIB) -> int:
     """The growth of `base` that a plan reckons with."""
     on = disk(replace(LAYERS[0], virtual_size=top_size), base)
-    return plan(request(flags=["active"]), on, facts).base_growth_max
+    return plan(request(flags=["active"]), on, facts).demand.growth
 
 
 def full_qcow2(size: int, cluster: int) -> int:
@@ -474,7 +477,7 @@ def test_a_raw_base_fills_its_holes(actual: int, new: int, expected: int) -> Non
 def test_other_formats_and_devices() -> None:
     """A format whose tables are not known grows by the data; a block device does not grow, so nothing is refused."""
     assert growth(replace(LAYERS[3], format="vmdk"), Facts(bytes_to_copy=9, new_bytes=9)) == 9
-    assert growth(LAYERS[3], Facts(bytes_to_copy=9, new_bytes=9, base_is_device=True, free=0)) == 0
+    assert growth(LAYERS[3], Facts(bytes_to_copy=9, new_bytes=9, written_is_device=True, free=0)) == 0
 
 
 @given(st.integers(0, 2 * GIB), st.integers(0, 2 * GIB), st.sampled_from(["qcow2", "raw", "vmdk"]))
@@ -491,26 +494,25 @@ def test_more_data_never_needs_less_room(one: int, other: int, format_: str) -> 
 def test_the_job_carries_the_plan() -> None:
     """All that is needed to do and to prove the work stands in the queued job."""
     asked = request(top="vda[1]", bandwidth=3, flags=["delete"], on_error=OnError.ENOSPC)
-    job = plan(asked).job(id_="bj-7", domain="web1", requested_by="ci", now=99)
+    job = accept(plan(asked), id_="bj-7", domain="web1", requested_by="ci", now=99)
     assert (job.id, job.domain, job.disk, job.requested_by, job.created_at) == ("bj-7", "web1", "vda", "ci", 99)
     assert (job.type, job.state, job.version) == (JobType.COMMIT, State.QUEUED, 1)
-    assert (job.top, job.base, job.overlay) == (FILES[1], FILES[3], FILES[0])
-    assert (job.flags, job.on_ready, job.on_error) == (CommitFlag.DELETE, OnReady.WAIT, OnError.ENOSPC)
+    assert (job.top_file, job.base_file, job.overlay_file) == (FILES[1], FILES[3], FILES[0])
+    assert (job.spec.flags, job.on_ready, job.on_error) == (CommitFlag.DELETE, OnReady.WAIT, OnError.ENOSPC)
     assert job.bandwidth == 3 << 20
-    work = job.work
-    assert (work.disk_node, work.qdev, work.backend) == ("n3", "virtio0", "disk0")
-    assert (work.chain, work.nodes, work.top, work.base) == (FILES, NODES, 1, 3)
-    assert work.merged_nodes == ("n2", "n1")
-    assert (work.backing_file, work.digest) == ("base.qcow2", disk().digest)
-    assert work.invalidates == work.deletes == FILES[1:3]
+    spec = job.spec
+    assert (spec.disk.node, spec.disk.qdev, spec.disk.backend) == ("n3", "virtio0", "disk0")
+    assert (spec.disk.files, spec.disk.nodes, spec.top_index, spec.base_index) == (FILES, NODES, 1, 3)
+    assert [layer.node for layer in spec.merged] == ["n2", "n1"]
+    assert (spec.backing_file, spec.disk.digest) == ("base.qcow2", disk().digest)
+    assert spec.invalidates == spec.deletes == FILES[1:3]
+    assert (spec.kind, spec.layout, job.parent) == ("commit", 1, None)
 
 
 def test_an_active_job_has_no_overlay() -> None:
     """Nothing is above the active layer; a disk whose root QEMU has not named goes without."""
-    job = plan(request(flags=["active"]), replace(disk(), node=None)).job(
-        id_="bj-1", domain="web1", requested_by="ci", now=1
-    )
-    assert (job.type, job.overlay, job.work.disk_node) == (JobType.ACTIVE_COMMIT, None, "")
+    job = plan(request(flags=["active"]), replace(disk(), node=None))
+    assert (job.spec.type, job.spec.overlay_file, job.spec.disk.node) == (JobType.ACTIVE_COMMIT, None, "")
 
 
 def test_nodes_are_released_from_the_top_down() -> None:
@@ -521,12 +523,95 @@ def test_nodes_are_released_from_the_top_down() -> None:
         replace(LAYERS[2], below=("p1",)),
         replace(LAYERS[3], filters=("f0",), below=("p0",)),
     )
-    whole = plan(request(flags=["active"]), on).job(id_="bj-1", domain="d", requested_by="ci", now=1)
-    assert whole.work.release == ("n3", "p3a", "p3", "f2a", "f2b", "n2", "p2", "n1", "p1", "f0")
-    inner = plan(request(top="vda[1]", base="vda[2]"), on).job(id_="bj-1", domain="d", requested_by="ci", now=1)
-    assert inner.work.release == ("n2", "p2")
+    whole = plan(request(flags=["active"]), on)
+    assert whole.spec.release == ("n3", "p3a", "p3", "f2a", "f2b", "n2", "p2", "n1", "p1", "f0")
+    inner = plan(request(top="vda[1]", base="vda[2]"), on)
+    assert inner.spec.release == ("n2", "p2")
 
 
-def codes(of: Plan) -> list[str]:
+def codes(of: Plan[CommitSpec]) -> list[str]:
     """The codes of a plan's warnings, in order."""
     return [warning.code for warning in of.warnings]
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top", "speed", "optional"),
+    [
+        (0, 0, {}),
+        (1, 0, {"backing-file": "base.qcow2"}),
+        (0, 1, {"speed": 1}),
+        (1, 2**63 - 1, {"backing-file": "base.qcow2", "speed": 2**63 - 1}),
+    ],
+)
+def test_the_arguments_of_block_commit(top: int, speed: int, optional: dict[str, object]) -> None:
+    """Nodes are named, never files; where a header is to be written the job waits for that; it stays to be read."""
+    made = plan(request(flags=() if top else ("active",), top=f"vda[{top}]"))
+    command = commit.command(made.spec, bandwidth=speed, on_error=OnError.ENOSPC)
+    assert command.execute == "block-commit"
+    assert command.arguments == {
+        "device": "n3",
+        "top-node": NODES[top],
+        "base-node": "n0",
+        "on-error": "enospc",
+        "auto-finalize": top == 0,
+        "auto-dismiss": False,
+        **optional,
+    }
+
+
+def test_a_dry_run_shows_the_command_of_the_run() -> None:
+    """The plan's command is made by the one function that a driver calls for the job."""
+    made = plan(request(top="vda[1]", bandwidth=3, on_error=OnError.STOP))
+    assert made.command == commit.command(made.spec, bandwidth=3 << 20, on_error=OnError.STOP)
+
+
+# What the house asks of the kind ------------------------------------------------------------------------------------
+
+
+def test_what_has_to_be_known_of_the_host() -> None:
+    """The base is written, the merged layers are read, and with `delete` they are what may be unlinked."""
+    chosen = selection(request(top="vda[1]", flags=["delete"]))
+    inquiry = commit.inquiry(chosen)
+    assert (inquiry.written, inquiry.read) == (LAYERS[3], LAYERS[1:3])
+    assert inquiry.to_delete == {FILES[1]: None, FILES[2]: None}
+    assert commit.inquiry(selection(request(top="vda[1]"))).to_delete == {}
+
+
+def test_the_names_that_may_be_paths() -> None:
+    """Only names that were given are looked up."""
+    assert commit.layer_names(request(flags=["active"])) == ()
+    assert commit.layer_names(request(base="/b", top="/t")) == ("/t", "/b")
+
+
+def test_what_proves_and_what_is_flushed() -> None:
+    """Below the active layer the overlay's header proves the merge, once the base is on the disk."""
+    inner, whole = plan(request(top="vda[1]")).spec, plan(request(flags=["active"])).spec
+    assert (commit.header_file(inner), commit.flushes(inner)) == (FILES[0], "n0")
+    assert (commit.header_file(whole), commit.flushes(whole)) == (None, "")
+    assert (
+        [layer.file for layer in commit.mixed(inner)] == [layer.file for layer in commit.mixed(whole)] == [*FILES[1:3]]
+    )
+
+
+@pytest.mark.parametrize("spec", [plan(request(top="vda[1]")).spec, plan(request(flags=["active"])).spec])
+def test_a_kind_is_found_by_its_spec(spec: CommitSpec) -> None:
+    """The one list leads from a spec to its kind, and what is capable of a pivot has no reason to be without one."""
+    assert kind_of(spec) is KINDS[spec.kind] is commit
+    capabilities = capabilities_of(spec)
+    assert capabilities.pivots is (not capabilities.ends_because)
+    assert capabilities.held_at_pending is bool(commit.flushes(spec))
+    assert capabilities.header_proves is (commit.header_file(spec) is not None)
+
+
+def test_what_a_commit_claims() -> None:
+    """It changes the shape of the chain and the base; what it merges is read, or deleted in the end."""
+    spec = plan(request(top="vda[1]", flags=["delete"]), facts=Facts(free=GIB, undeletable={FILES[1]: "in use"})).spec
+    assert commit.claims(spec, "web1", "vda") == (
+        Claim(DiskChain("web1", "vda"), Access.WRITE),
+        Claim(Image(FILES[3]), Access.WRITE),
+        Claim(Image(FILES[1]), Access.READ),
+        Claim(Image(FILES[2]), Access.DELETE),
+    )

@@ -1,0 +1,25 @@
+"""How much a job lets an image file grow."""
+
+from __future__ import annotations
+
+from app.core.chain import Layer
+
+
+def growth(target: Layer, size: int, new: int) -> int:
+    """The most bytes by which the file of `target` grows: `new` bytes of data and the tables that tell where they are.
+
+    `size` is the virtual size that the image has then, in bytes. In a qcow2 file a table of 8-byte entries maps one
+    cluster each, a refcount block of 2-byte entries counts one each; both come in whole clusters
+    (docs/interop/qcow2.txt). No image grows beyond its full size and its tables.
+    """
+    if target.format != "qcow2":
+        return max(0, min(new, size - target.actual_size)) if target.format == "raw" else new
+    cluster = target.cluster_size
+    l2 = -(-size // (cluster * cluster // 8))
+    l1 = -(-l2 * 8 // cluster)
+    counted = -(-size // cluster) + l2 + l1 + 1
+    # Each refcount block counts itself too, and its entry in the table of them. One cluster more is for a last one
+    # that the size does not fill.
+    blocks = -(-counted // (cluster // 2 - 2))
+    metadata = (l2 + l1 + 1 + blocks + -(-blocks * 8 // cluster) + 1) * cluster
+    return min(new + metadata, max(0, size + metadata - target.actual_size)) if new else 0

@@ -1,0 +1,399 @@
+r"""Commit: merge the layers from `top` down into `base` (libvirt's virDomainBlockCommit, QAPI `block-commit`).
+
+        before                       after, below the active layer      after, of the active layer and a pivot
+
+    active  s3 <- guest              active  s3 <- guest
+              |                                |
+       top  s2  \                              |
+              |  > merged into base           base                           base <- guest
+            s1  /
+              |
+      base  base
+
+QEMU copies the data of the merged layers down into the base. Below the active layer it then writes the name of the base
+into the header of the overlay, the layer above `top`: that header proves the merge. It does so before the merged data
+is on the disk, and a QEMU that is killed in between leaves a header that leads past data that guests had flushed. So
+such a job is held at `pending` until the base is flushed.
+
+A commit of the active layer has no overlay and writes no header. It mirrors the guest's writes into the base, is
+`ready` once both are in step, and ends in a pivot, or by leaving the overlay active. A pending job would hold up the
+guest's I/O; QEMU has the data written before the pivot by itself.
+
+From its start on QEMU writes into the base. The layers between base and the active one show a mixture from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntFlag
+from typing import Literal
+
+from app.core.chain import Disk, Identity, NotDeleted
+from app.core.errors import Code, Problem, invalid, invalid_together
+from app.core.evidence import Evidence, Judgement, Proof, Verdict
+from app.core.flags import bandwidth_in_bytes, flag_names, parse_flags
+from app.core.headers import NAME_MAX, header_name
+from app.core.images import Access, Claim, DiskChain
+from app.core.kinds.base import Capabilities, CleanUp, DiskRecord, LayerRecord
+from app.core.kinds.layers import (
+    LayersSelection,
+    LayersSpec,
+    absolute_header,
+    base_below,
+    demand_on,
+    find_top,
+    growth_warnings,
+    no_room,
+    nodes_to_release,
+    proof_of_graph,
+    proof_of_header,
+    run_of_layers,
+    temporary,
+    unusable,
+    unwritable,
+)
+from app.core.kinds.outcome import judged
+from app.core.orphan import OrphanJob
+from app.core.plan import Facts, Inquiry, Plan, PlanWarning, QemuCommand
+from app.core.states import DataState, Intent, JobType, OnError, OnReady, State
+
+
+class CommitFlag(IntFlag):
+    """libvirt's flags, with libvirt's bits (virDomainBlockCommitFlags)."""
+
+    SHALLOW = 1
+    """Without `base`: merge into the layer right below `top` only."""
+    DELETE = 2
+    """Unlink the files that the merge has made worthless, once it is proven."""
+    ACTIVE = 4
+    """Says that the caller knows that `top` is the active layer, and that the job ends in a pivot."""
+    RELATIVE = 8
+    """Keep the names in image headers relative."""
+    BANDWIDTH_BYTES = 16
+    """`bandwidth` is in bytes a second, not in MiB a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """What is asked for, checked as far as that goes without a disk. `bandwidth` is in bytes/s."""
+
+    base: str | None = None
+    top: str | None = None
+    bandwidth: int = 0
+    flags: CommitFlag = CommitFlag(0)
+    on_ready: OnReady = OnReady.WAIT
+    on_error: OnError = OnError.REPORT
+    backing_file: str | None = None
+    digests: frozenset[str] | None = None
+    """The chain has to have one of these digests; None: whatever it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitSelection(LayersSelection):
+    """The layers that a request means."""
+
+    request: CommitRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitSpec(LayersSpec):
+    """What a commit does to which nodes and files, fixed when it is accepted; enough to go on after a restart.
+
+    `release` are the nodes to delete after the merge, in that order. `backing_file` is the string for the header of the
+    overlay. `deletes` are the files to unlink once the merge is proven, `undeletable` those that are worthless then and
+    stay, each with the reason.
+    """
+
+    kind: Literal["commit"] = "commit"
+    layout: Literal[1] = 1
+    flags: CommitFlag = CommitFlag(0)
+    backing_file: str | None = None
+    release: tuple[str, ...] = ()
+    invalidates: tuple[str, ...] = ()
+    deletes: tuple[str, ...] = ()
+    undeletable: tuple[NotDeleted, ...] = ()
+
+    @property
+    def type(self) -> JobType:
+        """What the job is called outside."""
+        return JobType.ACTIVE_COMMIT if self.active else JobType.COMMIT
+
+    @property
+    def flag_names(self) -> list[str]:
+        """The names of the request's flags."""
+        return flag_names(self.flags)
+
+
+# From a request to a plan. The checks stand in the order of the contract, in which clients see their codes. -----------
+
+
+def request(
+    *,
+    base: str | None = None,
+    top: str | None = None,
+    bandwidth: int = 0,
+    flags: int | Sequence[str] = (),
+    on_ready: OnReady = OnReady.WAIT,
+    on_error: OnError = OnError.REPORT,
+    backing_file: str | None = None,
+) -> CommitRequest | Problem:
+    """The request from the fields of its body, or what is wrong with them. `""` as a layer is no layer."""
+    parsed = parse_flags(flags, CommitFlag)
+    # Without the flags the unit is not known; the wider of the two ranges is wrong in no case.
+    speed = bandwidth_in_bytes(bandwidth, in_bytes=isinstance(parsed, Problem) or CommitFlag.BANDWIDTH_BYTES in parsed)
+    wrong = [found for found in (parsed, speed) if isinstance(found, Problem)]
+    if backing_file is not None and not 0 < len(backing_file.encode()) <= NAME_MAX:
+        wrong.append(invalid("/backing_file", f"expected 1 to {NAME_MAX} bytes, as an image header holds no more"))
+    if isinstance(parsed, Problem) or isinstance(speed, Problem) or wrong:
+        return invalid_together(wrong)
+    if base and CommitFlag.SHALLOW in parsed:
+        detail = "`shallow` chooses the base: the layer right below `top`; leave out `base` or the flag"
+        return Problem(code=Code.SHALLOW_WITH_BASE, detail=detail)
+    made = CommitRequest(bandwidth=speed, flags=parsed, on_ready=on_ready, on_error=on_error, backing_file=backing_file)
+    return replace(made, base=base or None, top=top or None)
+
+
+def layer_names(request: CommitRequest) -> tuple[str, ...]:
+    """The names in a request that may be paths of layers."""
+    return tuple(name for name in (request.top, request.base) if name is not None)
+
+
+def select(
+    disk: Disk,
+    request: CommitRequest,
+    *,
+    identities: Mapping[str, Identity] | None = None,
+    conflict: str | None = None,
+) -> CommitSelection | Problem:
+    """The layers that `request` means on `disk`, or the first check that it fails.
+
+    `identities` are those of the files at the paths in the request. `conflict` is an unfinished job on this disk that
+    the journal knows; those that QEMU knows stand in `disk.running_jobs`.
+    """
+    seen = identities or {}
+    refused = unusable(disk, request.digests, conflict)
+    if refused is not None:
+        return refused
+    top = find_top(disk, request.top, seen)
+    if isinstance(top, Problem):
+        return top
+    if request.base is None and top == len(disk.layers) - 1:
+        detail = f"{disk.layers[top].file} has no backing image, so nothing to be merged into"
+        return Problem(code=Code.NO_BACKING, detail=detail)
+    shallow = CommitFlag.SHALLOW in request.flags
+    base = base_below(disk, top, request.base, seen, default=top + 1 if shallow else len(disk.layers) - 1)
+    if isinstance(base, Problem):
+        return base
+    chosen = CommitSelection(disk=disk, request=request, top_index=top, base_index=base)
+    return _wrong_ending(chosen) or chosen
+
+
+def _wrong_ending(chosen: CommitSelection) -> Problem | None:
+    request, top, active = chosen.request, chosen.top, chosen.disk.layers[0]
+    if chosen.active and CommitFlag.ACTIVE not in request.flags:
+        detail = f"{top.file} is the active layer: its merge ends in a pivot; add the flag `active` to agree to that"
+        return Problem(code=Code.ACTIVE_FLAG_REQUIRED, detail=detail)
+    if not chosen.active and (CommitFlag.ACTIVE in request.flags or request.on_ready is not OnReady.WAIT):
+        asked = "the flag `active`" if CommitFlag.ACTIVE in request.flags else f"`on_ready: {request.on_ready}`"
+        detail = f"{asked} is for the active layer {active.file}, and `top` is {top.file}"
+        return Problem(code=Code.TOP_NOT_ACTIVE, detail=detail)
+    if CommitFlag.DELETE in request.flags and request.on_ready is OnReady.KEEP:
+        detail = "`on_ready: keep` leaves the overlay in use, so no image can be deleted; leave out one of the two"
+        return Problem(code=Code.DELETE_WITH_KEEP, detail=detail)
+    if chosen.active and request.backing_file is not None:
+        return invalid("/backing_file", "the merge of the active layer writes no header; leave the field out")
+    if not chosen.active and CommitFlag.RELATIVE in request.flags:
+        absolute = absolute_header(chosen.disk, chosen.top_index - 1, chosen.base_index)
+        if absolute is not None:
+            return absolute
+    if chosen.disk.temporary:
+        return temporary(chosen.disk)
+    return None
+
+
+def inquiry(selection: CommitSelection) -> Inquiry:
+    """What has to be known of the host: the base is written to, the merged layers are read."""
+    delete = CommitFlag.DELETE in selection.request.flags
+    to_delete = {layer.file: layer.identity for layer in selection.merged if delete}
+    return Inquiry(written=selection.base, read=selection.merged, to_delete=to_delete)
+
+
+def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem:
+    """The plan, or the reason why the base can't take the data."""
+    base, top, request = selection.base, selection.top, selection.request
+    size = max(base.virtual_size, top.virtual_size)
+    demand = demand_on(base, selection.merged, facts, size=size, speed=request.bandwidth)
+    refused = unwritable(base, facts) or no_room(demand, facts.free)
+    if refused is not None:
+        return refused
+    keep, files = request.on_ready is OnReady.KEEP, selection.disk.files
+    invalidates = files[selection.top_index + keep : selection.base_index]
+    delete = CommitFlag.DELETE in request.flags
+    undeletable = {file: why for file, why in facts.undeletable.items() if delete and file in invalidates}
+    spec = CommitSpec(
+        disk=DiskRecord.of(selection.disk),
+        top_index=selection.top_index,
+        base_index=selection.base_index,
+        flags=request.flags,
+        backing_file=_backing_file(selection),
+        release=nodes_to_release(selection.disk, selection.top_index, selection.base_index),
+        invalidates=invalidates,
+        deletes=tuple(file for file in invalidates if file not in undeletable) if delete else (),
+        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in undeletable.items()),
+    )
+    resize = top.virtual_size if top.virtual_size > base.virtual_size else None
+    return Plan(
+        spec=spec,
+        disk=selection.disk,
+        on_ready=request.on_ready,
+        on_error=request.on_error,
+        bandwidth=request.bandwidth,
+        chain_after=files if keep else files[: selection.top_index] + files[selection.base_index :],
+        invalidates=invalidates,
+        deletes=spec.deletes,
+        demand=demand,
+        free=facts.free,
+        resizes_base_to=resize,
+        backing_file=spec.backing_file,
+        warnings=tuple(_warnings(selection, facts, demand.growth, resize, undeletable)),
+        command=command(spec, bandwidth=request.bandwidth, on_error=request.on_error),
+    )
+
+
+def _backing_file(selection: CommitSelection) -> str | None:
+    given, relative = selection.request.backing_file, CommitFlag.RELATIVE in selection.request.flags
+    overlay = selection.overlay
+    return None if overlay is None else given or header_name(overlay, selection.base, relative=relative)
+
+
+def _warnings(
+    selection: CommitSelection, facts: Facts, grown: int, resize: int | None, undeletable: Mapping[str, str]
+) -> list[PlanWarning]:
+    base, layers = selection.base, selection.disk.layers
+    filters = [name for layer in layers[selection.top_index + 1 : selection.base_index + 1] for name in layer.filters]
+    disk_grows = selection.active and base.virtual_size > layers[0].virtual_size
+    found = {
+        "base-resized": resize is not None and f"{base.file} becomes {resize} bytes, also if the job is aborted",
+        "disk-grows": disk_grows and f"after the pivot the guest sees a disk of {base.virtual_size} bytes",
+        "filters-dropped": filters and f"QEMU drops the filters between the layers: {', '.join(filters)}",
+    }
+    warnings = [PlanWarning(code=code, detail=str(detail)) for code, detail in found.items() if detail]
+    return (
+        growth_warnings(base, facts, grown)
+        + warnings
+        + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in undeletable.items()]
+    )
+
+
+def adopt(orphan: OrphanJob) -> Plan[CommitSpec] | None:
+    """The plan of a commit that QEMU has and the journal does not, by the nodes that the job holds.
+
+    A commit below the active layer holds its base and the layers above until it is dismissed, also once it has merged
+    them and no chain has them any more; one of the active layer holds its `source` and `target` until it concludes
+    (block/commit.c, block/mirror.c). What the request said beyond the layers is lost, so the job gets the defaults that
+    do no harm: at `ready` it waits for a person, and no file is deleted.
+    """
+    held = orphan.held
+    base = next(iter([*held.get("base", ()), *held.get("target", ())]), None)
+    merged = held.get("source", ()) or held.get("intermediate node", ())
+    found = run_of_layers(orphan, merged, base) if orphan.job_type == "commit" and base is not None else None
+    if found is None:
+        return None
+    disk, top_index, base_index = found
+    asked = CommitRequest(bandwidth=orphan.speed, flags=CommitFlag(0) if top_index else CommitFlag.ACTIVE)
+    planned = plan(CommitSelection(disk=disk, request=asked, top_index=top_index, base_index=base_index), Facts())
+    # Without facts nothing speaks against the base, which QEMU is writing to anyway.
+    assert isinstance(planned, Plan)
+    return planned
+
+
+# What an accepted commit is, and how it ends --------------------------------------------------------------------------
+
+
+def capabilities(spec: CommitSpec) -> Capabilities:
+    """A commit of the active layer pivots; one below it ends by itself, and is proven by a header."""
+    return Capabilities(
+        pivots=spec.active,
+        ends_because="" if spec.active else "merges below the active layer",
+        held_at_pending=not spec.active,
+        header_proves=not spec.active,
+        data_at_start=DataState.BASE_MODIFIED,
+    )
+
+
+def command(spec: CommitSpec, *, bandwidth: int, on_error: OnError) -> QemuCommand:
+    """QAPI `block-commit`. The job stays in QEMU once it has concluded, so that a crash of ours loses no outcome."""
+    arguments: dict[str, object] = {
+        "device": spec.disk.node,
+        "top-node": spec.disk.layers[spec.top_index].node,
+        "base-node": spec.base.node,
+    }
+    if spec.backing_file is not None:
+        arguments["backing-file"] = spec.backing_file
+    if bandwidth > 0:
+        arguments["speed"] = bandwidth
+    finalized = not capabilities(spec).held_at_pending
+    ending = {"on-error": on_error.value, "auto-finalize": finalized, "auto-dismiss": False}
+    return QemuCommand(execute="block-commit", arguments=arguments | ending)
+
+
+def claims(spec: CommitSpec, domain: str, disk: str) -> tuple[Claim, ...]:
+    """The chain gets another shape, the base is written to, the merged layers are read, and some of them deleted."""
+    return (
+        Claim(DiskChain(domain, disk), Access.WRITE),
+        Claim(spec.base.image, Access.WRITE),
+        *(Claim(layer.image, Access.DELETE if layer.file in spec.deletes else Access.READ) for layer in spec.merged),
+    )
+
+
+def mixed(spec: CommitSpec) -> tuple[LayerRecord, ...]:
+    """The merged layers but the active one: all that is copied down is in the active layer as well."""
+    return spec.disk.layers[max(spec.top_index, 1) : spec.base_index]
+
+
+def flushes(spec: CommitSpec) -> str:
+    """The base's node, below the active layer."""
+    return "" if spec.active else spec.base.node
+
+
+def header_file(spec: CommitSpec) -> str | None:
+    """The overlay; a commit of the active layer writes no header."""
+    return spec.overlay_file
+
+
+def prove(spec: CommitSpec, evidence: Evidence) -> Proof:
+    """What the graph shows, or, where QEMU has no such disk any more, the header.
+
+    A pivot writes no header: after a pivot was asked for, the images alone prove nothing, even if an abort followed.
+    The images prove nothing either where QEMU concluded the job without error and nobody here had asked for an end:
+    another client has pivoted, or canceled gently.
+    """
+    if evidence.graph is not None:
+        return proof_of_graph(spec, evidence.graph.nodes)
+    if capabilities(spec).header_proves:
+        return proof_of_header(spec, evidence)
+    asked = evidence.pivot_asked or evidence.intent in (Intent.PIVOT, Intent.KEEP)
+    foreign_end = evidence.intent is Intent.RUN and evidence.verdict is Verdict.FINE
+    return Proof.UNKNOWN if evidence.unplugged or asked or foreign_end else Proof.UNCHANGED
+
+
+def judge(spec: CommitSpec, evidence: Evidence) -> Judgement:
+    """The ending that QEMU's last word and the chain prove together."""
+    return judged(evidence, prove(spec, evidence), capabilities(spec))
+
+
+def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:
+    """After a merge: the nodes that QEMU keeps, and the files. Until the base is on the disk, the files stay."""
+    before = spec.disk.files
+    if judgement.state is not State.COMPLETED:
+        return CleanUp(chain=before)
+    reason = "QEMU has not confirmed that all of the merged data is in the base on the disk"
+    unsafe = () if judgement.durable else tuple(NotDeleted(file=file, reason=reason) for file in spec.deletes)
+    return CleanUp(
+        release=spec.release if judgement.merged else (),
+        to_delete={file: spec.disk.identity(file) for file in spec.deletes if judgement.durable},
+        invalidated=spec.invalidates,
+        not_deleted=spec.undeletable + unsafe,
+        chain=before[: spec.top_index] + before[spec.base_index :] if judgement.merged else before,
+    )

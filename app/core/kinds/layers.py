@@ -1,0 +1,284 @@
+"""What kinds share that take a run of layers, from `top` down to `base`, out of a chain."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from app.core.chain import Disk, Identity, Layer
+from app.core.errors import Code, Problem
+from app.core.evidence import Evidence, Proof
+from app.core.growth import growth
+from app.core.kinds.base import DiskRecord, LayerRecord
+from app.core.orphan import OrphanJob
+from app.core.plan import Demand, Facts, PlanWarning
+from app.core.sameness import Sameness, same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersSelection:
+    """The layers that a request means: positions in the disk's chain, `top_index` above `base_index`."""
+
+    disk: Disk
+    top_index: int
+    base_index: int
+
+    @property
+    def active(self) -> bool:
+        """Whether `top` is the active layer."""
+        return self.top_index == 0
+
+    @property
+    def top(self) -> Layer:
+        """The topmost layer."""
+        return self.disk.layers[self.top_index]
+
+    @property
+    def base(self) -> Layer:
+        """The bottom layer."""
+        return self.disk.layers[self.base_index]
+
+    @property
+    def overlay(self) -> Layer | None:
+        """The layer above `top`."""
+        return None if self.active else self.disk.layers[self.top_index - 1]
+
+    @property
+    def merged(self) -> tuple[Layer, ...]:
+        """The layers from `top` down to the one above `base`."""
+        return self.disk.layers[self.top_index : self.base_index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersSpec:
+    """The same for a job that was accepted. `top_index` and `base_index` are positions in `disk.layers`."""
+
+    disk: DiskRecord
+    top_index: int
+    base_index: int
+
+    @property
+    def active(self) -> bool:
+        """Whether `top` is the active layer."""
+        return self.top_index == 0
+
+    @property
+    def merged(self) -> tuple[LayerRecord, ...]:
+        """The layers from `top` down to the one above `base`."""
+        return self.disk.layers[self.top_index : self.base_index]
+
+    @property
+    def base(self) -> LayerRecord:
+        """The bottom layer."""
+        return self.disk.layers[self.base_index]
+
+    @property
+    def top_file(self) -> str:
+        """The topmost image."""
+        return self.disk.layers[self.top_index].file
+
+    @property
+    def base_file(self) -> str:
+        """The image at the bottom."""
+        return self.base.file
+
+    @property
+    def overlay_file(self) -> str | None:
+        """The image above `top`."""
+        return None if self.active else self.disk.layers[self.top_index - 1].file
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def unusable(disk: Disk, digests: frozenset[str] | None, conflict: str | None) -> Problem | None:
+    """Why no job can work on the disk now.
+
+    The chain has to have one of the `digests` (None: whatever it is). `conflict` is an unfinished job on the disk.
+    """
+    if not disk.layers:
+        return Problem(code=Code.DISK_EMPTY, detail=f"the disk {disk.name} has no medium")
+    if digests is not None and disk.digest not in digests:
+        return Problem(
+            code=Code.CHAIN_CHANGED,
+            detail=f"the chain of {disk.name} has the digest {disk.digest}, not that of If-Match; read the disk again",
+            extra={"digest": disk.digest},
+        )
+    job = conflict or next(iter(disk.running_jobs), None)
+    if job is not None:
+        return Problem(
+            code=Code.JOB_CONFLICT,
+            detail=f"the job {job} works on the disk {disk.name}; wait for its end, or abort it",
+            extra={"job": job},
+        )
+    return None
+
+
+def find_top(disk: Disk, name: str | None, identities: Mapping[str, Identity]) -> int | Problem:
+    """The position of the layer called `name`; None is the active layer."""
+    found = 0 if name is None else disk.find(name, identities.get(name))
+    return Problem(code=Code.TOP_NOT_FOUND, detail=_no_layer(disk, name or "")) if found is None else found
+
+
+def base_below(
+    disk: Disk, top: int, name: str | None, identities: Mapping[str, Identity], *, default: int
+) -> int | Problem:
+    """The position of the layer called `name`, which has to be below `top`; None is `default`."""
+    found = default if name is None else disk.find(name, identities.get(name))
+    if found is None:
+        return Problem(code=Code.BASE_NOT_FOUND, detail=_no_layer(disk, name or ""))
+    if found <= top:
+        return Problem(
+            code=Code.BASE_NOT_BELOW_TOP,
+            detail=f"{disk.layers[found].file} is not below {disk.layers[top].file}; layers are merged downwards",
+        )
+    return found
+
+
+def absolute_header(disk: Disk, first: int, last: int) -> Problem | None:
+    """Why the names from one layer down to another can't stay relative: a header in between is absolute."""
+    absolute = next((layer for layer in disk.layers[first:last] if not layer.relative), None)
+    if absolute is None:
+        return None
+    return Problem(
+        code=Code.RELATIVE_IMPOSSIBLE,
+        detail=f"the header of {absolute.file} names its backing image as {absolute.backing!r}, which is not "
+        "relative; leave out the flag `relative`",
+    )
+
+
+def temporary(disk: Disk) -> Problem:
+    """The disk's active layer is one that QEMU throws away."""
+    detail = f"the active layer {disk.layers[0].file} is thrown away when QEMU ends (-snapshot)"
+    return Problem(code=Code.TEMPORARY_OVERLAY, detail=detail)
+
+
+def _no_layer(disk: Disk, name: str) -> str:
+    known = ", ".join(f"{disk.name}[{index}] {layer.file}" for index, layer in enumerate(disk.layers))
+    return f"no layer of the disk {disk.name} is called {name!r}; it has {known}"
+
+
+# Planning -------------------------------------------------------------------------------------------------------------
+
+
+def demand_on(target: Layer, read: Sequence[Layer], facts: Facts, *, size: int, speed: int) -> Demand:
+    """What copying the data of the `read` layers into `target` asks of the host.
+
+    `size` is the virtual size that `target` has then, in bytes, `speed` in bytes/s.
+    """
+    copied = sum(layer.actual_size for layer in read) if facts.bytes_to_copy is None else facts.bytes_to_copy
+    new = copied if facts.new_bytes is None else facts.new_bytes
+    grown = 0 if facts.written_is_device else growth(target, size, new)
+    return Demand(file=target.file, growth=grown, copies=copied, speed=speed)
+
+
+def unwritable(target: Layer, facts: Facts) -> Problem | None:
+    """Why nothing may be written to a layer: somebody else needs its data, or holds it."""
+    if facts.shared_with is not None:
+        return Problem(
+            code=Code.IMAGE_SHARED,
+            detail=f"{target.file} is also a layer of {facts.shared_with}, whose data a merge into it would destroy",
+            extra={"file": target.file, "used_by": facts.shared_with},
+        )
+    if facts.locked:
+        return Problem(
+            code=Code.IMAGE_LOCKED,
+            detail=f"another process has {target.file} open; stop it, then try again",
+            extra={"file": target.file},
+        )
+    return None
+
+
+def no_room(demand: Demand, free: int | None) -> Problem | None:
+    """Why the file system can't take the demand; nothing is refused where its free space can't be seen."""
+    if free is None or demand.growth <= free:
+        return None
+    return Problem(
+        code=Code.INSUFFICIENT_STORAGE,
+        detail=f"{demand.file} may grow by {demand.growth} bytes, and its file system has {free} free; make space, "
+        "or merge fewer layers",
+        extra={"needed": demand.growth, "free": free},
+    )
+
+
+def growth_warnings(target: Layer, facts: Facts, grown: int) -> list[PlanWarning]:
+    """What the caller should know of the growth of a layer."""
+    found: list[PlanWarning] = []
+    if grown:
+        found.append(PlanWarning(code="base-grows", detail=f"{target.file} may grow by up to {grown} bytes"))
+    if facts.free is None and not facts.written_is_device:
+        detail = f"the service can't see the file system of {target.file}"
+        found.append(PlanWarning(code="free-unknown", detail=detail))
+    if facts.bytes_to_copy is None:
+        detail = "the images' maps were not read; the sizes are what the layers take on disk"
+        found.append(PlanWarning(code="size-estimated", detail=detail))
+    return found
+
+
+def run_of_layers(orphan: OrphanJob, merged: Sequence[str], base: str) -> tuple[Disk, int, int] | None:
+    """The disk as it was before the job, and the positions of `top` and `base` in its chain; None where none tells.
+
+    `merged` and `base` are nodes that the job holds. Where the merged nodes are in no chain any more they are put back.
+    """
+    disk = next((disk for disk in orphan.disks if base in disk.nodes), None)
+    if disk is None or not merged:
+        return None
+    at = disk.nodes.index(base)
+    there = [disk.nodes.index(name) for name in merged if name in disk.nodes]
+    if there:
+        # QEMU's own graph has the base below the merged layers; another program's may have anything.
+        return (disk, min(there), at) if min(there) < at else None
+    if any(name not in orphan.loose for name in merged):
+        return None
+    layers = tuple(orphan.loose[name] for name in merged)
+    return replace(disk, layers=(*disk.layers[:at], *layers, *disk.layers[at:])), at, at + len(layers)
+
+
+def nodes_to_release(disk: Disk, top_index: int, base_index: int) -> tuple[str, ...]:
+    """The nodes that QEMU keeps of layers that left the chain, in the order in which they can be deleted.
+
+    That is top-down, as a node can't be deleted while the one above refers to it. QEMU drops the filters in between
+    from the chain, and keeps their nodes.
+    """
+    nodes: list[str] = []
+    for position in range(top_index, base_index):
+        layer, beneath = disk.layers[position], disk.layers[position + 1]
+        nodes += [layer.node, *layer.below, *beneath.filters]
+    return tuple(nodes)
+
+
+# Proving --------------------------------------------------------------------------------------------------------------
+
+
+def proof_of_graph(spec: LayersSpec, nodes: tuple[str, ...]) -> Proof:
+    """What the disk's chain in QEMU's graph, as node-names with the active layer first, says of the job.
+
+    Other layers may have come on top meanwhile (a snapshot right after the merge), so only the job's own layers count:
+    merged, if those above the base are gone and the base is there; unchanged, if all are there in their order.
+    """
+    merged, base = tuple(layer.node for layer in spec.merged), spec.base.node
+    if base not in nodes:
+        return Proof.UNKNOWN
+    if not set(merged) & set(nodes):
+        return Proof.MERGED
+    start = nodes.index(merged[0]) if merged[0] in nodes else 0
+    return Proof.UNCHANGED if nodes[start : start + len(merged) + 1] == (*merged, base) else Proof.UNKNOWN
+
+
+def proof_of_header(spec: LayersSpec, evidence: Evidence) -> Proof:
+    """What the header of the layer above `top` says of the job: it leads to the base, or still to `top`.
+
+    A header may name a file in other ways than QEMU does (links, `..`).
+    """
+    header = evidence.header
+    if header is None:
+        return Proof.UNKNOWN
+
+    def leads_to(layer: LayerRecord) -> bool:
+        found = same(header.identity, layer.identity) is Sameness.SAME
+        return found or os.path.normpath(header.file) == os.path.normpath(layer.file)
+
+    if leads_to(spec.base):
+        return Proof.MERGED
+    return Proof.UNCHANGED if leads_to(spec.disk.layers[spec.top_index]) else Proof.UNKNOWN

@@ -1,0 +1,29 @@
+"""Which images become invalid by a job, and which are right again."""
+
+from __future__ import annotations
+
+from app.core.images import InvalidReason, MarkChange, marks_of
+from app.core.job import Job
+from app.core.kinds import kind_of
+from app.core.states import DataState, State
+
+
+def mark_change(before: DataState, after: Job) -> MarkChange | None:
+    """What a step means for the content of images; `before` is the data state in front of it. None: nothing.
+
+    Once a job has begun to write, the layers that its kind names show a mixture. They are right again, or gone, once
+    the job has merged them after all. After `on_ready: keep` they stay as they are, and so does the mark.
+    """
+    images = tuple(layer.image for layer in kind_of(after.spec).mixed(after.spec))
+    if not images:
+        return None
+    if after.state is State.COMPLETED:
+        judgement = after.control.judgement
+        # A person who resolves a lost job as completed says that it was merged.
+        if judgement is None or judgement.merged or after.resolved is not None:
+            return MarkChange(remove=images)
+        return MarkChange(add=marks_of(images, job_id=after.id, domain=after.domain, reason=InvalidReason.KEPT))
+    if before is DataState.UNTOUCHED and after.data_state is not DataState.UNTOUCHED:
+        reason = InvalidReason.BASE_MODIFIED
+        return MarkChange(add=marks_of(images, job_id=after.id, domain=after.domain, reason=reason))
+    return None

@@ -1,0 +1,225 @@
+"""Carries out what a job's step asks for: each command, once, on the job's runner."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from app.core.chain import Disk, NotDeleted
+from app.core.errors import Code, Problem
+from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict, same_process
+from app.core.job import Job, Result
+from app.core.kinds import kind_of
+from app.core.machine.inputs import (
+    Accepted,
+    CleanedUp,
+    Gathered,
+    Input,
+    Observed,
+    PivotDeclined,
+    PivotTaken,
+    Rejected,
+)
+from app.core.progress import Meter
+from app.core.states import Command, State
+from app.engine.connection import MonitorConnection
+from app.engine.disks import DomainDisks, disk_of
+from app.engine.ports.driver import Declined, MonitorError, Runner
+from app.engine.shared import Shared
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class LiveJob:
+    """An unfinished job, and what is known of it only while the service runs.
+
+    `planned_now`: its plan is of this moment. `flushed`: its data was on the disk when QEMU held it at `pending`.
+    `progress_due` is when its progress may be told next, `paused_since` since when it has been seen paused without a
+    break, both on the clock's seconds.
+    """
+
+    job: Job
+    planned_now: bool = False
+    flushed: bool = False
+    meter: Meter = field(default_factory=Meter)
+    progress_due: float = 0.0
+    paused_since: float | None = None
+
+    def metered(self, seen: Observed, now: float) -> Observed:
+        """What QEMU says, with the rate and the time left, and for how long the job has been seen paused."""
+        self.meter, progress = self.meter.measure(seen.progress, now)
+        seen = replace(seen, progress=progress)
+        if seen.status not in ("paused", "standby"):
+            self.paused_since = None
+            return seen
+        if self.paused_since is None:
+            self.paused_since = now
+        return replace(seen, paused_for=now - self.paused_since)
+
+
+class Executor:
+    """Carries out the commands of one domain's jobs.
+
+    `monitor_error` is what a runner's call has met in the middle of a job's move. The actor deals with it afterwards,
+    as that may move jobs in turn.
+    """
+
+    def __init__(self, shared: Shared, connection: MonitorConnection, disks: DomainDisks) -> None:
+        self.monitor_error: MonitorError | None = None
+        self._shared = shared
+        self._connection = connection
+        self._disks = disks
+        self._on_runner: Final[dict[Command, Callable[[Runner, Job, LiveJob], Awaitable[Input | None]]]] = {
+            Command.START: self._start,
+            Command.PIVOT: self._pivot,
+            Command.ABORT: lambda runner, job, _live: runner.abort(job.id, force=False),
+            Command.ABORT_FORCE: lambda runner, job, _live: runner.abort(job.id, force=True),
+            Command.FINALIZE: self._finalize,
+            Command.PAUSE: lambda runner, job, _live: runner.pause(job.id),
+            Command.RESUME: lambda runner, job, _live: runner.resume(job.id),
+            Command.SET_SPEED: lambda runner, job, _live: runner.set_speed(job.id, job.bandwidth),
+        }
+
+    async def carry_out(self, job: Job, live: LiveJob, command: Command) -> Input | None:
+        """Carry out a command; the input that follows, or None where the next look will tell.
+
+        `job` is the job as the command found it, which may be stored only together with what follows.
+        """
+        try:
+            if command is Command.GATHER:
+                return await self._gather(job, live)
+            if command is Command.CLEAN_UP:
+                return await self._clean_up(job)
+            runner = self._usable
+            return None if runner is None else await self._on_runner[command](runner, job, live)
+        except Declined as declined:
+            log.warning("qemu declined", domain=job.domain, job=job.id, command=command.value, error=str(declined))
+        except MonitorError as error:
+            log.warning("command unanswered", domain=job.domain, job=job.id, command=command.value, error=str(error))
+            self.monitor_error = error
+        return None
+
+    @property
+    def _usable(self) -> Runner | None:
+        """The runner of this domain's jobs, unless a call has just shown that it can't be asked."""
+        return None if self.monitor_error is not None else self._connection.usable
+
+    # Commands that change something in QEMU ---------------------------------------------------------------------------
+
+    async def _start(self, runner: Runner, job: Job, live: LiveJob) -> Input:
+        if not live.planned_now:
+            # It has waited, in the queue or over a restart: the chain may be another one by now.
+            disk = disk_of(job, await self._disks.read())
+            record = job.spec.disk
+            if disk is None or disk.nodes != record.nodes or disk.digest != record.digest:
+                return Rejected(
+                    Problem(
+                        code=Code.CHAIN_CHANGED,
+                        detail=f"the chain of {job.disk} is not the one that the job was accepted for; read the disk "
+                        "again and send the request again",
+                    )
+                )
+        try:
+            await runner.start(job)
+        except Declined as declined:
+            return Rejected(declined.problem)
+        return Accepted(runner.facts.process)
+
+    async def _pivot(self, runner: Runner, job: Job, _live: LiveJob) -> Input:
+        try:
+            await runner.pivot(job.id)
+        except Declined as declined:
+            return PivotDeclined(declined.problem)
+        return PivotTaken()
+
+    async def _finalize(self, runner: Runner, job: Job, live: LiveJob) -> None:
+        # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
+        # A pending job has written all that it will ever write.
+        live.flushed |= await self._flushed(runner, job)
+        await runner.finalize(job.id)
+
+    async def _flushed(self, runner: Runner, job: Job) -> bool:
+        """Have all that a job wrote on the disk, where QEMU does not see to that by itself before it is finalized."""
+        node = kind_of(job.spec).flushes(job.spec)
+        try:
+            if node:
+                await runner.flush(node)
+        except Declined as declined:
+            log.warning("not flushed", domain=job.domain, job=job.id, node=node, error=str(declined))
+            return False
+        return True
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    async def _gather(self, job: Job, live: LiveJob) -> Gathered | None:
+        """Read what the graph shows, or, where QEMU has ended or has no such disk any more, the images' headers."""
+        sameness = same_process(job.control.process, self._connection.process)
+        if job.control.verdict is Verdict.GONE or self._connection.has_ended(job.control.process):
+            return Gathered(Evidence(process=sameness, ended=True, header=await self._header(job)))
+        runner = self._usable
+        if runner is None:
+            return None
+        disk = disk_of(job, await self._disks.read())
+        if disk is None:
+            return Gathered(Evidence(process=sameness, unplugged=True, header=await self._header(job)))
+        evidence = Evidence(process=sameness, graph=_reading(disk))
+        # QEMU may have been told to finalize by somebody else, or by a service that has died since. A job that has not
+        # merged anything has nothing that would have to be on the disk.
+        flushed = live.flushed or kind_of(job.spec).prove(job.spec, evidence) is not Proof.MERGED
+        return Gathered(replace(evidence, flushed=flushed or await self._flushed(runner, job)))
+
+    async def _header(self, job: Job) -> HeaderReading | None:
+        file = kind_of(job.spec).header_file(job.spec)
+        if file is None:
+            return None
+        found = await self._shared.images.backing_of(file, job.spec.disk.identity(file))
+        return None if found is None else HeaderReading(file=found[0], identity=found[1])
+
+    async def _sees_as_qemu_did(self, job: Job) -> bool:
+        """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
+
+        Without that a file that can't be found is not known to be gone.
+        """
+        file = job.base_file
+        seen = await self._shared.images.identities([file], None)
+        return file in seen and seen[file] == job.spec.disk.identity(file)
+
+    async def _clean_up(self, job: Job) -> CleanedUp | None:
+        images, judgement = self._shared.images, job.control.judgement
+        assert judgement is not None
+        tidy = kind_of(job.spec).cleanup(job.spec, judgement)
+        completed = judgement.state is State.COMPLETED
+        ended = job.control.verdict is Verdict.GONE or self._connection.is_gone(job.control.process)
+        chain = tidy.chain
+        if ended:
+            if completed and self._connection.runner is None:
+                self._disks.forget(job.disk)
+        else:
+            runner = self._usable
+            if runner is None:
+                return None
+            # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
+            # stored, so nothing is lost if the service ends in between: all of this is done again then.
+            await runner.conclude(job.id, tidy.release)
+            # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
+            disk = disk_of(job, self._disks.known)
+            chain = disk.files if disk else job.spec.disk.files
+        if tidy.to_delete:
+            await self._shared.known.refresh()
+        if ended and tidy.to_delete and not await self._sees_as_qemu_did(job):
+            why = "QEMU saw other files under these names than the service does, and has ended"
+            deleted, left = (), tuple(NotDeleted(file=file, reason=why) for file in tidy.to_delete)
+        else:
+            in_use = self._shared.known.image_user
+            deleted, left = await images.unlink(tidy.to_delete, job.control.process, in_use)
+        result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
+        return CleanedUp(result)
+
+
+def _reading(disk: Disk) -> GraphReading:
+    identities = tuple(layer.identity for layer in disk.layers)
+    return GraphReading(nodes=disk.nodes, files=disk.files, identities=identities)

@@ -1,0 +1,114 @@
+"""From a request to a plan, for a job of any kind: the disk is read, the layers are chosen, the host is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from app.core.chain import Disk
+from app.core.errors import Code, Problem, Refused
+from app.core.job import Job
+from app.core.kinds import KINDS, Spec
+from app.core.plan import Facts, Inquiry, Plan
+from app.engine.connection import MonitorConnection
+from app.engine.disks import DomainDisks, disk_of
+from app.engine.ports.journal import Registration
+from app.engine.shared import Shared
+from app.engine.views import DomainState
+
+
+class Planner:
+    """Plans jobs for the disks of one domain."""
+
+    def __init__(
+        self, registration: Registration, shared: Shared, connection: MonitorConnection, disks: DomainDisks
+    ) -> None:
+        self._registration = registration
+        self._shared = shared
+        self._connection = connection
+        self._disks = disks
+
+    async def plan(self, kind: str, name: str, request: Any, jobs: tuple[Job, ...], *, exact: bool) -> Plan[Spec]:
+        """What a job of that kind would do on the disk that answers to `name`.
+
+        `request` is the kind's own, `jobs` are the domain's unfinished ones. `exact`: read the images' maps, as a
+        person wants to see; else only where the layers' sizes leave a doubt. Raises `Refused` for the first check that
+        fails, in the contract's order.
+        """
+        self._check_usable(kind)
+        rules = KINDS[kind]
+        disk = await self._disks.find(name)
+        names, process = rules.layer_names(request), self._connection.process
+        chosen = rules.select(
+            disk,
+            request,
+            identities=await self._shared.images.identities(names, process) if names else None,
+            conflict=next((job.id for job in jobs_on(disk, jobs)), None),
+        )
+        if isinstance(chosen, Problem):
+            raise Refused(chosen)
+        inquiry = rules.inquiry(chosen)
+        facts = await self._ask(disk, inquiry)
+        plan = rules.plan(chosen, facts)
+        doubtful = isinstance(plan, Problem) and plan.code is Code.INSUFFICIENT_STORAGE
+        if doubtful or (exact and isinstance(plan, Plan)):
+            measure = await self._shared.images.measure([*inquiry.read, inquiry.written], process)
+            if measure is not None:
+                plan = rules.plan(
+                    chosen, replace(facts, bytes_to_copy=measure.bytes_to_copy, new_bytes=measure.new_bytes)
+                )
+        if isinstance(plan, Problem):
+            raise Refused(plan)
+        return plan
+
+    async def _ask(self, disk: Disk, inquiry: Inquiry) -> Facts:
+        images, process, file = self._shared.images, self._connection.process, inquiry.written.file
+        await self._shared.known.refresh()
+        locked, free, is_device, undeletable = await asyncio.gather(
+            images.locked(file, process),
+            images.free_bytes(file, process),
+            images.is_device(file, process),
+            images.undeletable(inquiry.to_delete, process),
+        )
+        return Facts(
+            shared_with=self._shared.known.base_user(self._registration.id, disk, inquiry.written),
+            locked=locked,
+            free=free,
+            written_is_device=is_device,
+            undeletable=undeletable,
+        )
+
+    def _check_usable(self, kind: str) -> None:
+        id_, facts = self._registration.id, self._connection.facts
+        if facts is not None and facts.managed_by is not None and not self._registration.allow_managed:
+            raise Refused(
+                Problem(
+                    code=Code.DOMAIN_MANAGED_ELSEWHERE,
+                    detail=f"the domain {id_} belongs to {facts.managed_by}, which would not learn of the change; "
+                    "use its tools, or register the domain with `allow_managed: true`",
+                )
+            )
+        if self._connection.state() is DomainState.SHUTOFF:
+            raise Refused(
+                Problem(
+                    code=Code.NOT_SUPPORTED,
+                    detail=f"the domain {id_} is off, and this version merges layers of running domains only; "
+                    "start the domain",
+                )
+            )
+        missing = self._connection.require().facts.missing
+        if missing:
+            raise Refused(
+                Problem(
+                    code=Code.NOT_SUPPORTED,
+                    detail=f"the program behind the monitor of {id_} lacks the commands {', '.join(missing)}",
+                )
+            )
+        if kind not in self._connection.driver.capabilities.kinds:
+            raise Refused(Problem(code=Code.NOT_SUPPORTED, detail=f"the domain {id_} takes no jobs of the kind {kind}"))
+
+
+def jobs_on(disk: Disk, jobs: tuple[Job, ...]) -> list[Job]:
+    """Those of a domain's jobs that work on the disk, whatever it is called by now."""
+    return [job for job in jobs if disk_of(job, (disk,)) is not None]
