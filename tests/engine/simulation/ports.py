@@ -1,0 +1,378 @@
+"""The engine's ports on the simulated world: the driver and its runners, the images, the discovery."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from app.core.adopt import OrphanJob
+from app.core.chain import Disk, Identity, Layer
+from app.core.errors import Code, Problem, Refused
+from app.core.job import Job, NotDeleted, Process
+from app.core.machine.inputs import Observed
+from app.core.plan import Selection
+from app.core.qmp import block_commit_arguments
+from app.engine.ports.driver import Address, QemuFacts, Unanswered, Unreachable
+from app.engine.ports.images import Measure
+from tests.engine.simulation.blockjob import QemuRefuses
+from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
+from tests.engine.simulation.monitor import Link
+from tests.engine.simulation.qemu import DEVICE, Qemu
+from tests.engine.simulation.world import World
+
+TIMEOUT: Final = 5.0
+"""The most seconds that one command may take."""
+
+RESCAN: Final = 0.5
+"""Seconds between two looks for monitors."""
+
+
+class Life:
+    """Whether the service that calls is still there: one that was killed calls nobody any more."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.over = False
+
+    def check(self) -> None:
+        """Raise where the service has been killed."""
+        if self.over:
+            raise asyncio.CancelledError
+
+
+class SimDriver:
+    """The `Driver` port."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self._world = world
+        self._life = life
+
+    async def connect(self, address: Address, hint: Callable[[], None]) -> SimRunner:
+        """A connection to the monitor at `address`."""
+        self._life.check()
+        machine = self._world.machine_at(address)
+        if machine is None:
+            await asyncio.sleep(self._world.latency())
+            raise Unreachable(f"no monitor at {address}")
+        link = await machine.monitor.connect(hint)
+        if self._life.over:
+            link.end()
+        self._life.check()
+        self._world.trace.note("connected", f"{self._life.name} to {machine.name}")
+        qemu = link.qemu
+        facts = QemuFacts(name=machine.name, uuid=machine.uuid, version="7.2.22", process=qemu.process, managed_by=None)
+        return SimRunner(self._world, self._life, link, facts)
+
+    def alive(self, process: Process) -> bool | None:
+        """Whether that very process still runs."""
+        return self._world.alive(process)
+
+
+class SimRunner:
+    """The `Runner` port. Each call reaches QEMU at one moment; how its reply fares is the monitor's business."""
+
+    def __init__(self, world: World, life: Life, link: Link, facts: QemuFacts) -> None:
+        self.facts = facts
+        self._world = world
+        self._life = life
+        self._link = link
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands."""
+        return self._link.connected
+
+    @property
+    def final_reports(self) -> Mapping[str, Observed]:
+        """How jobs ended, by QEMU's events."""
+        return self._link.client.final_reports
+
+    async def _ask(self, what: str, effect: Callable[[Qemu], Any]) -> Any:
+        self._life.check()
+        if not self._link.connected:
+            raise Unreachable("the connection to QEMU has ended")
+        self._world.trace.counts[f"call: {what.partition(' ')[0]}"] += 1
+        reply = self._link.monitor.send(self._link, what, effect)
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                return await reply
+        except TimeoutError:
+            raise Unanswered(f"QEMU has not answered {what} for {TIMEOUT:.0f} s") from None
+
+    async def guest_running(self) -> bool:
+        """Whether the guest's processors run."""
+        return bool(await self._ask("observe-guest", lambda _qemu: True))
+
+    async def disks(self) -> tuple[Disk, ...]:
+        """The domain's disks and their chains, as they are now."""
+        return await self._ask("disks", lambda qemu: qemu.describe())
+
+    async def observe(self) -> Mapping[str, Observed]:
+        """Every job that QEMU has, by id."""
+        return await self._ask("observe", lambda qemu: {id_: job.observed for id_, job in qemu.jobs.items()})
+
+    async def orphan(self, job_id: str) -> OrphanJob | None:
+        """What a job works on of which there is no record."""
+
+        def look(qemu: Qemu) -> OrphanJob | None:
+            job = qemu.jobs.get(job_id)
+            if job is None:
+                return None
+            disk = next(disk for disk in qemu.describe() if disk.name == job.target)
+            names = disk.nodes
+            if job.base.name not in names or job.layers[0].name not in names:
+                return None
+            top, base = names.index(job.layers[0].name), names.index(job.base.name)
+            return OrphanJob(disk=disk, top=top, base=base, bandwidth=job.speed)
+
+        return await self._ask(f"orphan {job_id}", look)
+
+    async def start(self, job: Job) -> None:
+        """Start the job."""
+        work = job.work
+        arguments: Mapping[str, Any] = block_commit_arguments(
+            device=work.disk_node,
+            top_node=work.nodes[work.top],
+            base_node=work.nodes[work.base],
+            backing_file=work.backing_file,
+            speed=job.bandwidth,
+            on_error=job.on_error.value,
+        )
+        named = {name.replace("-", "_"): value for name, value in arguments.items()}
+        await self._ask(f"start {job.id}", lambda qemu: qemu.block_commit(job_id=job.id, **named))
+
+    async def pivot(self, job_id: str) -> None:
+        """Ask a ready job to pivot."""
+        await self._ask(f"pivot {job_id}", lambda qemu: qemu.job(job_id).ask_complete())
+
+    async def abort(self, job_id: str, *, force: bool) -> None:
+        """Cancel."""
+
+        def cancel(qemu: Qemu) -> None:
+            job = qemu.job(job_id)
+            if not force and job.paused:
+                job.resume()
+            job.cancel(force=force)
+
+        await self._ask(f"abort {job_id} {force=}", _tolerant(cancel, "cannot accept command verb", "not found"))
+
+    async def pause(self, job_id: str) -> None:
+        """Pause at the next possible point."""
+        await self._ask(f"pause {job_id}", _tolerant(lambda qemu: qemu.job(job_id).pause(), "already paused"))
+
+    async def resume(self, job_id: str) -> None:
+        """Go on."""
+        await self._ask(f"resume {job_id}", _tolerant(lambda qemu: qemu.job(job_id).resume(), "was not paused"))
+
+    async def set_speed(self, job_id: str, bandwidth: int) -> None:
+        """Change the speed."""
+
+        def change(qemu: Qemu) -> None:
+            qemu.job(job_id).speed = bandwidth
+
+        await self._ask(f"speed {job_id}", change)
+
+    async def finalize(self, job_id: str) -> None:
+        """Let a pending job take effect."""
+        harmless = ("cannot accept command verb", "not found")
+        await self._ask(f"finalize {job_id}", _tolerant(lambda qemu: qemu.job(job_id).finalize(), *harmless))
+
+    async def flush(self, node: str) -> None:
+        """Have QEMU write to the disk what it holds back of the node's data."""
+
+        def flush(qemu: Qemu) -> None:
+            if node not in qemu.nodes:
+                raise QemuRefuses(f"Cannot find device='' nor node-name='{node}'")
+            qemu.flush(qemu.nodes[node])
+
+        await self._ask(f"flush {node}", flush)
+
+    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+        """Let QEMU forget a concluded job, and delete the nodes that are left of it."""
+
+        def conclude(qemu: Qemu) -> None:
+            refusal: QemuRefuses | None = None
+            try:
+                _tolerant(lambda qemu: qemu.dismiss(job_id), "not found")(qemu)
+            except QemuRefuses as refuses:
+                refusal = refuses
+            for node in nodes:
+                with suppress(QemuRefuses):
+                    qemu.delete_node(node)
+            if refusal is not None:
+                raise refusal
+
+        await self._ask(f"conclude {job_id} {' '.join(nodes)}", conclude)
+        self._link.client.final_reports.pop(job_id, None)
+
+    async def close(self) -> None:
+        """End the connection."""
+        self._link.end()
+
+
+def _tolerant(effect: Callable[[Qemu], None], *harmless: str) -> Callable[[Qemu], None]:
+    def tried(qemu: Qemu) -> None:
+        try:
+            effect(qemu)
+        except QemuRefuses as refuses:
+            if not any(text in refuses.desc for text in harmless):
+                raise
+
+    return tried
+
+
+class SimImages:
+    """The `Images` port. Files of other hosts can't be seen, whatever process is named."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self._world = world
+        self._life = life
+
+    async def _delay(self, what: str) -> None:
+        self._life.check()
+        self._world.trace.counts[f"call: {what}"] += 1
+        wait = max(self._world.latency(), self._world.slow_files_until - self._world.loop.time())
+        await asyncio.sleep(wait)
+        self._life.check()
+
+    def _seen(self, path: str) -> Image | None:
+        image = self._world.files.paths.get(path)
+        return image if image is not None and image.seen else None
+
+    def _identity(self, path: str) -> Identity | None:
+        image = self._seen(path)
+        return (DEVICE, image.inode) if image is not None else None
+
+    async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
+        """The identities of those of the `names` that are paths of files that can be seen."""
+        await self._delay("identities")
+        found = ((name, self._identity(name)) for name in names)
+        return {name: identity for name, identity in found if identity is not None}
+
+    async def free_bytes(self, path: str, process: Process | None) -> int | None:
+        """Free bytes of the file system that holds `path`."""
+        await self._delay("free_bytes")
+        if self._seen(path) is None:
+            return None
+        return 0 if self._world.files.full else 1 << 40
+
+    async def is_device(self, path: str, process: Process | None) -> bool:
+        """No image is a block device."""
+        await self._delay("is_device")
+        return False
+
+    async def locked(self, path: str, process: Process | None) -> bool:
+        """Whether a process other than `process` has the image open."""
+        await self._delay("locked")
+        image = self._seen(path)
+        if image is None or (process is not None and process.pid is None):
+            return False
+        return bool(self._world.openers(process, image))
+
+    async def measure(self, chosen: Selection, process: Process | None) -> Measure | None:
+        """What a commit copies."""
+        await self._delay("measure")
+        images = [self._seen(layer.file) for layer in chosen.disk.layers[chosen.top : chosen.base + 1]]
+        if any(image is None for image in images):
+            return None
+        *above, base = [image.clusters for image in images if image is not None]
+        copied = {cluster for layer in above for cluster in layer}
+        return Measure(bytes_to_copy=len(copied) * CLUSTER, new_bytes=len(copied - set(base)) * CLUSTER)
+
+    async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
+        """Those of the `files` that can't be unlinked."""
+        await self._delay("undeletable")
+        return {file: "can't be seen" for file in files if self._seen(file) is None}
+
+    async def unlink(
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
+        """Unlink files."""
+        deleted: list[str] = []
+        kept: list[NotDeleted] = []
+        for path, identity in files.items():
+            user = in_use(path, identity)
+            if user:
+                kept.append(NotDeleted(file=path, reason=f"in use by {user}"))
+                continue
+            await self._delay("unlink")
+            reason = self._unlink(path, identity, process)
+            if reason is None:
+                deleted.append(path)
+            else:
+                kept.append(NotDeleted(file=path, reason=reason))
+        return tuple(deleted), tuple(kept)
+
+    def _unlink(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
+        if path.startswith("/remote"):
+            return "its folder can't be opened"
+        image = self._seen(path)
+        if image is None:
+            return None
+        if identity != (DEVICE, image.inode):
+            return "not the file that QEMU has opened under this name"
+        if self._world.openers(process, image):
+            return "another process has it open"
+        self._world.files.unlink(path)
+        self._world.trace.note("unlinked", path)
+        return None
+
+    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
+        """The path to which the header of an image leads, and the file there."""
+        await self._delay("backing_of")
+        image = self._seen(overlay)
+        if image is None or identity != (DEVICE, image.inode) or image.header is None:
+            return None
+        below = resolve(image.header, overlay)
+        return below, self._identity(below)
+
+    async def offline_disk(self, name: str, image: str) -> Disk:
+        """A disk of a domain that is off, from the headers."""
+        await self._delay("offline_disk")
+        layers: list[Layer] = []
+        path: str | None = image
+        while path is not None:
+            found = self._seen(path)
+            if found is None:
+                detail = f"the disk {name} can't be read: {path}: No such file or directory"
+                raise Refused(Problem(code=Code.DISK_NOT_FOUND, detail=detail, extra={"file": path}))
+            layers.append(
+                Layer(
+                    file=path,
+                    format="qcow2",
+                    node="",
+                    virtual_size=CLUSTERS * CLUSTER,
+                    actual_size=found.size,
+                    backing=found.header,
+                    backing_format="qcow2" if found.header else None,
+                    identity=(DEVICE, found.inode),
+                    folder=path.rpartition("/")[0],
+                )
+            )
+            path = resolve(found.header, path) if found.header is not None else None
+        return Disk(name=name, layers=tuple(layers))
+
+
+class SimDiscovery:
+    """The `Discovery` port: a folder in which some machines have their monitors."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self._world = world
+        self._life = life
+
+    def path_of(self, domain: str) -> str | None:
+        """Where the socket of a domain of that id would be."""
+        return f"/qmp/{domain}.qmp"
+
+    async def looks(self) -> AsyncIterator[Mapping[str, str]]:
+        """All sockets that are there, at each look. One of a process that was killed stays."""
+        while True:
+            self._life.check()
+            machines = self._world.machines.values()
+            yield {m.name: f"/qmp/{m.name}.qmp" for m in machines if m.discovered and m.monitor.qemu is not None}
+            await asyncio.sleep(RESCAN)
