@@ -25,13 +25,13 @@ SERIOUS: Final = frozenset({Code.INTERNAL_ERROR})
 class Clients:
     """What is asked of the service. `accepted` are the jobs that were answered with 202; `errors` what no API answers.
 
-    `registering` and `planning` are the domains for which such a request is under way.
+    `changing` are the domains that are being registered or forgotten, `planning` those on which a commit is being planned.
     """
 
     def __init__(self, world: World, engine: Engine) -> None:
         self.accepted: dict[str, Job] = {}
         self.errors: list[str] = []
-        self.registering: set[str] = set()
+        self.changing: set[str] = set()
         self.planning: dict[str, int] = {}
         self.known: list[str] = []
         self.reading: set[str] = set()
@@ -73,27 +73,37 @@ class Clients:
 
     # Domains ----------------------------------------------------------------------------------------------------------
 
-    def put(self, machine: Machine, *, allow_twice: bool = False) -> None:
-        """Register a domain."""
+    @property
+    def waiting(self) -> bool:
+        """Whether a request has not been answered."""
+        return bool(self._tasks)
+
+    def put(self, machine: Machine, *, at_once: bool = False) -> None:
+        """Register a domain; `at_once`: even while the same is being registered, or forgotten."""
         name = machine.name
-        if name in self.registering and not allow_twice:
+        if name in self.changing and not at_once:
             return
         address: Address | None = machine.address
         disks = {disk.target: disk.active for disk in machine.disks} if machine.offline and not machine.remote else {}
         registration = Registration(id=name, address=address, disks=disks)
 
-        async def register(service: Service) -> None:
-            self.registering.add(name)
+        self._change(f"PUT {name}", name, lambda service: service.register(registration))
+
+    def delete(self, name: str, *, at_once: bool = False) -> None:
+        """Forget a domain; `at_once`: even while it is being registered, or a commit on it is being planned."""
+        if at_once or not (name in self.changing or self.planning.get(name)):
+            self._change(f"DELETE {name}", name, lambda service: service.forget(name))
+
+    def _change(self, what: str, name: str, call: Callable[[Service], Awaitable[Any]]) -> None:
+        async def change(service: Service) -> None:
             try:
-                await service.register(registration)
+                await call(service)
             finally:
-                self.registering.discard(name)
+                self.changing.discard(name)
 
-        self.ask(f"PUT {name}", register)
-
-    def delete(self, name: str) -> None:
-        """Forget a domain."""
-        self.ask(f"DELETE {name}", lambda service: service.forget(name))
+        if self._engine.service is not None:
+            self.changing.add(name)
+            self.ask(what, change)
 
     def read(self, name: str) -> None:
         """Read a domain's disks."""

@@ -65,6 +65,7 @@ class Engine:
         self.places = places
         self.published: list[StoredEvent] = []
         self.lives = 0
+        self.finished = False
         self.service: Service | None = None
         self.domains: DomainDirectory | None = None
         self.life = Life("nobody")
@@ -146,13 +147,18 @@ class Engine:
         await self.domains.stop()
         self.kill()
 
+    def _start_again(self, life: Life) -> None:
+        if self.life is life and not self.finished:
+            self.world.loop.create_task(self.start())
+
     def kill(self) -> None:
         """End this life at once: nothing is stored or sent any more."""
         if self.life.over:
             return
         self.world.trace.note("service killed", self.life.name)
         self.world.service_at = self.world.loop.time()
-        self.life.over = True
+        life = self.life
+        life.over = True
         self.service = None
         current = asyncio.current_task(self.world.loop)
         tasks = [task for task in asyncio.all_tasks(self.world.loop) if isinstance(task, SimTask)]
@@ -161,6 +167,7 @@ class Engine:
                 task.cancel()
         for machine in self.world.machines.values():
             machine.monitor.end_links(drop=self.world.rng.random() < 0.5)
+        self.world.loop.call_later(self.world.rng.uniform(0.1, 6), self._start_again, life)
 
 
 @contextmanager

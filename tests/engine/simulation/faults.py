@@ -15,6 +15,10 @@ from tests.engine.simulation.qemu import Qemu
 from tests.engine.simulation.world import Machine, World
 
 
+CHAIN_MAX = 5
+"""Layers beyond which nobody takes a snapshot."""
+
+
 class Faults:
     """Draws what happens next, from what the hazards allow."""
 
@@ -32,12 +36,11 @@ class Faults:
             (1, self._clients.look),
             (2, self._wait),
             (1, self._resolve),
-            (2, lambda: self._clients.put(self._machine())),
+            (2, self._put),
             (1, self._delete),
             (10, lambda: self._world.guest_writes(self._machine())),
-            (4, self._start_machine),
-            (6, self._start_service),
-            (25, _nothing),
+            (4, self._grow),
+            (20, _nothing),
         ]
         sometimes: list[tuple[bool, int, Callable[[], None]]] = [
             (hazards.lost_replies, 3, self._lose),
@@ -47,8 +50,7 @@ class Faults:
             (hazards.hangs, 1, self._hang),
             (hazards.kills, 1, self._stop_machine),
             (hazards.blips, 3, self._blip),
-            (hazards.foreign, 4, self._meddle),
-            (hazards.snapshots, 1, self._snapshot),
+            (hazards.foreign, 8, self._meddle),
             (hazards.full, 1, self._fill),
             (hazards.slow_files, 1, self._slow_files),
             (hazards.journal_full, 1, self._fill_journal),
@@ -58,6 +60,7 @@ class Faults:
             (hazards.foreign_revert, 4, self._revert),
             (hazards.gone_sharers, 3, self._lose_sharer),
             (hazards.double_put, 2, self._put_twice),
+            (hazards.put_and_delete, 2, self._put_and_delete),
             (hazards.delete_while_planning, 4, self._commit_and_delete),
             (hazards.read_streams, 2, self._stream),
             (hazards.long_hangs, 2, self._hang_long),
@@ -79,7 +82,12 @@ class Faults:
     # Requests ---------------------------------------------------------------------------------------------------------
 
     def _commit(self) -> None:
-        self._clients.random_commit(self._machine())
+        machine = self._machine()
+        if machine.qemu is not None or self._rng.random() < 0.1:
+            self._clients.random_commit(machine)
+
+    def _put(self) -> None:
+        self._clients.put(self._machine())
 
     def _unfinished(self) -> list[str]:
         return [job.id for job in self._invariants.jobs.values() if not job.ended]
@@ -103,22 +111,18 @@ class Faults:
             self._clients.wait(self._rng.choice(self._clients.known))
 
     def _delete(self) -> None:
-        name = self._machine().name
-        if not self._clients.planning.get(name):
-            self._clients.delete(name)
+        machine = self._machine()
+        self._clients.delete(machine.name)
+        self._world.loop.call_later(self._seconds(10), self._clients.put, machine)
 
     # Machines ---------------------------------------------------------------------------------------------------------
-
-    def _start_machine(self) -> None:
-        machine = self._machine()
-        if machine.qemu is None:
-            self._world.start(machine)
 
     def _stop_machine(self) -> None:
         machine = self._machine()
         if machine.pinned or self._pivoted_by_others(machine):
             return
         self._world.stop(machine, kill=self._rng.random() < 0.6)
+        machine.off = self._rng.random() < 0.15
 
     def _pivoted_by_others(self, machine: Machine) -> bool:
         """Whether another client has completed a job here whose end the service has not told yet."""
@@ -141,6 +145,7 @@ class Faults:
     def _lose_sharer(self) -> None:
         machine = self._machine()
         self._world.stop(machine, kill=self._rng.random() < 0.5)
+        machine.off = True
         if self._rng.random() < 0.5:
             self._clients.delete(machine.name)
 
@@ -212,16 +217,19 @@ class Faults:
         self._world.trouble(machine.name)
         self._world.keep_moving(qemu)
 
-    def _snapshot(self) -> None:
+    def _grow(self) -> None:
+        """Somebody takes a snapshot, where the chain is short enough."""
         machine = self._machine()
         if machine.qemu is None or machine.qemu.hung:
             return
         disk = self._rng.choice(machine.disks)
-        if machine.qemu.job_on(disk.target) is None:
+        short = len(machine.qemu.chain(disk.target)) < CHAIN_MAX
+        if short and machine.qemu.job_on(disk.target) is None:
             node = self._world.new_overlay(machine, disk.target)
             with suppress(QemuRefuses):
                 machine.qemu.snapshot(disk.target, node)
-                self._world.trace.note("foreign snapshot", f"{machine.name}/{disk.target}")
+                self._world.touched = True
+                self._world.trace.note("snapshot", f"{machine.name}/{disk.target}")
 
     def _revert(self) -> None:
         """While the service is away, a job is taken away, and the device is moved onto the base as it was before."""
@@ -239,12 +247,17 @@ class Faults:
         self._world.note_ended(qemu)
         qemu.dismiss(job.id)
         qemu.revert(job)
+        self._world.touched = True
 
     # Files and the service --------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        self._world.files.full = not self._world.files.full
-        self._world.trace.note("file system full" if self._world.files.full else "file system has room")
+        self._world.files.full = True
+        self._world.trace.note("fault: file system full")
+        self._world.loop.call_later(self._seconds(10), self._make_room)
+
+    def _make_room(self) -> None:
+        self._world.files.full = False
 
     def _slow_files(self) -> None:
         self._world.slow_files_until = self._world.loop.time() + self._seconds(8)
@@ -273,22 +286,23 @@ class Faults:
     def _restart_service(self) -> None:
         asyncio.get_running_loop().create_task(self._engine.stop())
 
-    def _start_service(self) -> None:
-        if self._engine.life.over:
-            asyncio.get_running_loop().create_task(self._engine.start())
-
     # Hazards of known defects -----------------------------------------------------------------------------------------
 
     def _put_twice(self) -> None:
         machine = self._machine()
-        self._clients.put(machine, allow_twice=True)
-        self._clients.put(machine, allow_twice=True)
+        self._clients.put(machine, at_once=True)
+        self._clients.put(machine, at_once=True)
+
+    def _put_and_delete(self) -> None:
+        machine = self._machine()
+        self._clients.delete(machine.name, at_once=True)
+        self._clients.put(machine, at_once=True)
 
     def _commit_and_delete(self) -> None:
         machine = self._machine()
         self._clients.random_commit(machine)
         delay = self._rng.choice([0.0, 0.003, 0.006, 0.01, 0.02])
-        self._world.loop.call_later(delay, self._clients.delete, machine.name)
+        self._world.loop.call_later(delay, lambda: self._clients.delete(machine.name, at_once=True))
 
     def _stream(self) -> None:
         self._clients.stream(self._machine().name, self._world.loop.time() + 30)
@@ -297,15 +311,14 @@ class Faults:
 
     async def calm(self) -> None:
         """All faults are over: every QEMU answers or is known to have ended, and the service runs."""
-        world, loop = self._world, asyncio.get_running_loop()
+        world = self._world
         world.trace.note("calm")
         world.files.full = False
         world.slow_files_until = world.blind_until = 0.0
         self._engine.faults.next.clear()
         self._engine.faults.full_until = 0.0
-        await asyncio.sleep(3)
-        if self._engine.life.over:
-            await loop.create_task(self._engine.start())
+        while self._engine.service is None:
+            await asyncio.sleep(1)
         for machine in world.machines.values():
             machine.monitor.faults.clear()
             machine.monitor.held_until = 0.0

@@ -25,8 +25,6 @@ class Hazards:
     """QEMU pauses jobs for a moment for reasons of its own."""
     foreign: bool = True
     """Other clients cancel, complete, dismiss, pause and resume jobs."""
-    snapshots: bool = True
-    """Other clients take snapshots."""
     full: bool = True
     """The file system of the images fills up."""
     slow_files: bool = True
@@ -52,6 +50,8 @@ class Hazards:
     """A domain that uses another domain's base is shut off, or forgotten."""
     double_put: bool = False
     """The same domain is registered twice at once."""
+    put_and_delete: bool = False
+    """The same domain is forgotten and registered at once."""
     delete_while_planning: bool = False
     """A domain is deleted while a commit on it is being planned."""
     read_streams: bool = False

@@ -24,6 +24,9 @@ from tests.engine.simulation.ports import Life
 
 T = TypeVar("T")
 
+WRITE_S = 0.001
+"""Seconds until it shows that the journal can't be written."""
+
 
 class PlainRender:
     """The `Render` port, with little text."""
@@ -88,6 +91,8 @@ class SimJournal(SqliteJournal):
         self._life.check()
         fault = self._faults.next.popleft() if self._faults.next else None
         if fault == "full" or self._faults.full_until > self._seconds():
+            # That it can't be written is found by the writing thread, on its way there and back.
+            await asyncio.sleep(WRITE_S)
             raise JournalFull("the simulated file system is full")
         if fault == "kill before":
             self._kill()

@@ -12,6 +12,8 @@ from asyncio.base_events import BaseEventLoop
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Final, TypeVar
 
+from tests.engine.simulation.trace import Violation
+
 T = TypeVar("T")
 
 EPOCH_MS: Final = 1_700_000_000_000
@@ -19,6 +21,12 @@ EPOCH_MS: Final = 1_700_000_000_000
 
 START: Final = 1000.0
 """What the loop's clock says at the start of each simulation, in seconds."""
+
+TURN: Final = 1e-6
+"""Seconds that one turn of the loop takes. Sums of times are rounded, so a clock that stands still may never get there."""
+
+TURNS_MAX: Final = 20_000
+"""Turns of the loop in one virtual second, beyond which something runs in a circle."""
 
 OWNER: Final[contextvars.ContextVar[str]] = contextvars.ContextVar("owner", default="world")
 """Who has started a task: a service (`service 1`, `service 2`, ...), `client`, or the world."""
@@ -44,13 +52,19 @@ class _Selector:
 
     def __init__(self) -> None:
         self.now = START
+        self._second = 0
+        self._turns = 0
 
     def select(self, timeout: float | None) -> list[object]:
         """Let the time pass until the next timer."""
         if timeout is None:
             raise RuntimeError("the simulation waits for something that never comes")
-        if timeout > 0:
-            self.now += timeout
+        self.now += timeout + TURN
+        if int(self.now) != self._second:
+            self._second, self._turns = int(self.now), 0
+        self._turns += 1
+        if self._turns > TURNS_MAX:
+            raise Violation("nothing_spins", f"more than {TURNS_MAX} turns of the loop in one second")
         return []
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class Monitor:
         reply: asyncio.Future[Any] = loop.create_future()
         link.pending = [each for each in link.pending if not each.done()]
         link.pending.append(reply)
-        fault = self.faults.popleft() if self.faults else None
+        fault = (self.faults.popleft() or None) if self.faults else None
         if fault is not None:
             self._world.trace.note(f"fault: {fault if isinstance(fault, str) else 'late'}", f"{self.name} {what}")
             self._world.trouble(self.name)

@@ -25,7 +25,7 @@ from tests.engine.simulation.world import World
 TIMEOUT: Final = 5.0
 """The most seconds that one command may take."""
 
-RESCAN: Final = 0.5
+RESCAN: Final = 1.0
 """Seconds between two looks for monitors."""
 
 
@@ -319,6 +319,7 @@ class SimImages:
         if self._world.openers(process, image):
             return "another process has it open"
         self._world.files.unlink(path)
+        self._world.touched = True
         self._world.trace.note("unlinked", path)
         return None
 

@@ -24,6 +24,10 @@ STEPS = 150
 """Steps of a run, if it is not told otherwise."""
 
 
+LAST_REQUESTS_S = 10.0
+"""Seconds after the end of all faults in which the last requests come."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of a run; `seconds` are virtual ones."""
@@ -107,6 +111,9 @@ class Simulation:
 
     async def _calm(self) -> None:
         await self.faults.calm()
+        await asyncio.sleep(LAST_REQUESTS_S)
+        if not await self._wait(lambda: not self.clients.waiting):
+            raise Violation("requests_are_answered", "a request is still waiting")
         if not await self._wait(lambda: not self.invariants.unsettled()):
             self.invariants.all_has_ended()
         for _ in range(3):
@@ -120,6 +127,7 @@ class Simulation:
         await asyncio.sleep(2)
         self.invariants.check()
         self.invariants.all_has_ended()
+        self.engine.finished = True
         await self.engine.stop()
         self.invariants.no_task_has_died()
 
@@ -134,6 +142,7 @@ class Simulation:
         return False
 
     def _end(self) -> None:
+        self.engine.finished = True
         self.engine.kill()
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:

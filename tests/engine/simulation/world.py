@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -16,8 +15,8 @@ from tests.engine.simulation.monitor import Monitor
 from tests.engine.simulation.qemu import GuestDisk, Node, Qemu
 from tests.engine.simulation.trace import Trace
 
-MOVE_S: Final = (0.02, 0.4)
-"""The range of seconds between two moves of a job."""
+PACES: Final = ((0.02, 0.4), (0.1, 1.5))
+"""Ranges of seconds between two moves of a job; each run has one."""
 
 QUICK: Final = 0.2
 """How likely a job is to be over, or ready, before the reply to its start."""
@@ -28,7 +27,7 @@ class Machine:
     """A virtual machine. `pinned`: its process stays, as others' chains have images in common with it.
 
     `blockdev`: its nodes are made by whoever starts it, and stay after a merge; else QEMU makes them (`-drive`).
-    `stable`: a new process gets the same node-names.
+    `stable`: a new process gets the same node-names. `off`: it is not started again.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Machine:
     discovered: bool
     offline: bool
     pinned: bool = False
+    off: bool = False
     generation: int = 0
     troubled_at: float = 0.0
 
@@ -57,7 +57,10 @@ class Machine:
 
 
 class World:
-    """Everything outside of the service. `truth` is what became of the data of each job that QEMU has ended."""
+    """Everything outside of the service. `truth` is what became of the data of each job that QEMU has ended.
+
+    `touched`: data, or what leads to it, has changed since somebody last set it to false.
+    """
 
     def __init__(self, rng: Random, loop: SimLoop, hazards: Hazards) -> None:
         self.rng = rng
@@ -71,12 +74,14 @@ class World:
         self.foreign_complete: set[str] = set()
         self.slow_files_until = 0.0
         self.blind_until = 0.0
+        self.touched = True
         self.troubled_at = START
         self.service_at = START
         self._pids = 1000
         self._writes = 0
         self._names = 0
         self._moving: set[int] = set()
+        self._pace = rng.choice(PACES)
 
     # What the ports ask -----------------------------------------------------------------------------------------------
 
@@ -106,6 +111,7 @@ class World:
         if what.startswith("start") and error is None and self.rng.random() < QUICK:
             for _ in range(self.rng.randint(1, 6)):
                 qemu.move(CLUSTERS)
+        self.touched = True
         self.keep_moving(qemu)
 
     def trouble(self, name: str | None = None) -> None:
@@ -125,13 +131,14 @@ class World:
         """Have the jobs of a process go on."""
         if qemu.running and id(qemu) not in self._moving:
             self._moving.add(id(qemu))
-            self.loop.call_later(self.rng.uniform(*MOVE_S), self._move, qemu)
+            self.loop.call_later(self.rng.uniform(*self._pace), self._move, qemu)
 
     def _move(self, qemu: Qemu) -> None:
         self._moving.discard(id(qemu))
         if not qemu.up or qemu.hung:
             return
-        qemu.move(self.rng.randint(1, 4))
+        qemu.move(self.rng.randint(1, 3))
+        self.touched = True
         self.note_ended(qemu)
         self.keep_moving(qemu)
 
@@ -198,6 +205,7 @@ class World:
             assert node is not None
             node.read_only = False
             qemu.roots[target] = node
+        self.touched = True
         self.processes.append(qemu)
         machine.monitor.qemu = qemu
         self.trouble(machine.name)
@@ -244,7 +252,13 @@ class World:
         else:
             qemu.quit()
         self.note_ended(qemu)
+        self.touched = True
         machine.monitor.end_links()
+        self.loop.call_later(self.rng.uniform(1, 25), self._start_again, machine)
+
+    def _start_again(self, machine: Machine) -> None:
+        if machine.qemu is None and not machine.off:
+            self.start(machine)
 
     def hang(self, machine: Machine, seconds: float) -> None:
         """Stop the process (SIGSTOP) for that long."""
@@ -271,8 +285,4 @@ class World:
             disk = self.rng.choice(machine.disks)
             if machine.qemu.write(disk.target, self.rng.randrange(CLUSTERS), self.next_write()):
                 self.trace.counts["guest writes"] += 1
-
-
-async def pause(seconds: float) -> None:
-    """Let virtual time pass."""
-    await asyncio.sleep(seconds)
+                self.touched = True
