@@ -73,7 +73,6 @@ class BlockJob:
     io_status: str = "ok"
     gentle_cancel: bool = False
     complete: bool = False
-    finalized: bool = False
     outcome: str | None = None
 
     def to(self, status: str) -> None:
@@ -127,11 +126,10 @@ class BlockJob:
             raise QemuRefuses("Can't resume a job that was not paused")
         self.paused, self.io_status = False, "ok"
 
-    def finalize(self) -> None:
-        """As `job-finalize`."""
+    def check_finalize(self) -> None:
+        """Check that `job-finalize` is taken."""
         if self.status != "pending":
             raise QemuRefuses(f"Job '{self.id}' in state '{self.status}' cannot accept command verb 'finalize'")
-        self.finalized = True
 
     def blip(self) -> None:
         """One of QEMU's own short pauses, which a drain causes; the next move ends it."""

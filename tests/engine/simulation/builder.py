@@ -12,12 +12,17 @@ def build(world: World) -> None:
     rng, hazards = world.rng, world.hazards
     count = rng.randint(2, 3) if hazards.gone_sharers else rng.randint(1, 3)
     shared: str | None = None
+    lender = ""
     for number in range(count):
         remote = hazards.remote and not hazards.gone_sharers and rng.random() < 0.15
         machine = _machine(world, f"vm{number}", remote=remote, shared=shared)
         world.machines[machine.name] = machine
+        if shared is not None and machine.pinned:
+            # So does the one that they have it from.
+            world.machines[lender].pinned = True
         if shared is None and not remote and (hazards.gone_sharers or rng.random() < 0.4):
             # The next ones may stand on this one's base, which is theirs too.
+            lender = machine.name
             shared = world.files.chain(machine.disks[0].active)[-1].path
     for machine in world.machines.values():
         if not world.start(machine):

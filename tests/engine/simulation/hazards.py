@@ -89,6 +89,8 @@ class Bounds:
     """From a free place to the start of a job that waits for one, while its QEMU answers."""
     calm_s: float = 120.0
     """From the end of all faults to the end of each job, or to its waiting for a person."""
+    calls_a_second: int = 5000
+    """Calls of the ports in one virtual second; more of them are made in a circle."""
     after_trouble_s: float = 25.0
     """After a fault: what a time-box, a heartbeat and a new attempt to connect take together."""
 

@@ -47,6 +47,7 @@ class Invariants:
         if self._world.touched:
             self._world.touched = False
             self.guests_read_their_data()
+        self.nothing_spins()
         self.one_actor_for_a_domain()
         self.ready_jobs_are_looked_at()
         self.free_places_are_used()
@@ -63,6 +64,11 @@ class Invariants:
         self._failed = len(failed)
         for text in [*self.crashes, *self._clients.errors]:
             raise Violation("no_task_has_died", text)
+
+    def nothing_spins(self) -> None:
+        """The engine does not call its ports over and over again without a pause."""
+        if self._world.trace.busiest > self._bounds.calls_a_second:
+            raise Violation("nothing_spins", f"{self._world.trace.busiest} calls of ports in one second")
 
     def one_actor_for_a_domain(self) -> None:
         """At most one actor works for a domain: the service has one connection to a monitor, or one attempt at it."""
@@ -213,9 +219,11 @@ class Invariants:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def unsettled(self) -> list[Job]:
-        """Jobs that have not ended, and don't wait for a person."""
-        waits = (State.READY, State.PAUSED)
-        return [job for job in self.jobs.values() if not job.ended and job.state not in waits]
+        """Jobs that have not ended, and wait neither for a person nor for the place of a job that does."""
+        unfinished = [job for job in self.jobs.values() if not job.ended]
+        occupied = sum(job.state is not State.QUEUED for job in unfinished)
+        waits = {State.READY, State.PAUSED} | ({State.QUEUED} if occupied >= self._engine.places else set[State]())
+        return [job for job in unfinished if job.state not in waits]
 
     def all_has_ended(self) -> None:
         """Once all faults are over, each job ends or waits for a person, and none is left in QEMU."""

@@ -93,7 +93,7 @@ class SimRunner:
         self._life.check()
         if not self._link.connected:
             raise Unreachable("the connection to QEMU has ended")
-        self._world.trace.counts[f"call: {what.partition(' ')[0]}"] += 1
+        self._world.trace.note_call(what.partition(" ")[0])
         reply = self._link.monitor.send(self._link, what, effect)
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -177,7 +177,7 @@ class SimRunner:
     async def finalize(self, job_id: str) -> None:
         """Let a pending job take effect."""
         harmless = ("cannot accept command verb", "not found")
-        await self._ask(f"finalize {job_id}", _tolerant(lambda qemu: qemu.job(job_id).finalize(), *harmless))
+        await self._ask(f"finalize {job_id}", _tolerant(lambda qemu: qemu.finalize(job_id), *harmless))
 
     async def flush(self, node: str) -> None:
         """Have QEMU write to the disk what it holds back of the node's data."""
@@ -232,7 +232,7 @@ class SimImages:
 
     async def _delay(self, what: str) -> None:
         self._life.check()
-        self._world.trace.counts[f"call: {what}"] += 1
+        self._world.trace.note_call(what)
         wait = max(self._world.latency(), self._world.slow_files_until - self._world.loop.time())
         await asyncio.sleep(wait)
         self._life.check()

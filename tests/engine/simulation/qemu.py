@@ -295,6 +295,13 @@ class Qemu:
             raise QemuRefuses(f"Job '{id_}' in state '{job.status}' cannot accept command verb 'dismiss'")
         del self.jobs[id_]
 
+    def finalize(self, id_: str) -> None:
+        """As `job-finalize`: the job takes effect at once."""
+        job = self.job(id_)
+        job.check_finalize()
+        self._end(job)
+        self._tell(job)
+
     def move(self, clusters: int) -> None:
         """Let every job take its next move, and copy that many clusters at most."""
         for node in self._late_flush:
@@ -312,7 +319,7 @@ class Qemu:
         elif job.status in PASSING:
             job.to(PASSING[job.status])
         elif job.status == "pending":
-            if job.auto_finalize or job.finalized:
+            if job.auto_finalize:
                 self._end(job)
         elif job.paused and job.status in STANDS:
             job.to(STANDS[job.status])

@@ -115,8 +115,9 @@ class Simulation:
         if not await self._wait(lambda: not self.clients.waiting):
             raise Violation("requests_are_answered", "a request is still waiting")
         if not await self._wait(lambda: not self.invariants.unsettled()):
-            self.invariants.all_has_ended()
-        for _ in range(3):
+            job = self.invariants.unsettled()[0]
+            raise Violation("jobs_end", f"{job.id} of {job.domain} stays {job.state}")
+        for _ in range(6):
             for job in list(self.invariants.jobs.values()):
                 if job.state is State.READY:
                     self.clients.steer(job.id, "pivot" if job.pivotable else "abort")

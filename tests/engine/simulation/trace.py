@@ -21,6 +21,9 @@ class Trace:
     def __init__(self, time: Callable[[], float]) -> None:
         self.lines: list[str] = []
         self.counts: Counter[str] = Counter()
+        self.busiest = 0
+        self._second = 0
+        self._calls = 0
         self._time = time
 
     def note(self, what: str, detail: str = "", *, count: bool = True) -> None:
@@ -28,6 +31,15 @@ class Trace:
         self.lines.append(f"{self._time():10.3f} {what}{' ' if detail else ''}{detail}")
         if count:
             self.counts[what] += 1
+
+    def note_call(self, what: str) -> None:
+        """A port was called; `busiest` is how often that was in one second at most."""
+        self.counts[f"call: {what}"] += 1
+        second = int(self._time())
+        if second != self._second:
+            self._second, self._calls = second, 0
+        self._calls += 1
+        self.busiest = max(self.busiest, self._calls)
 
     def tail(self, lines: int = 60) -> str:
         """The last lines."""

@@ -111,6 +111,7 @@ class World:
         if what.startswith("start") and error is None and self.rng.random() < QUICK:
             for _ in range(self.rng.randint(1, 6)):
                 qemu.move(CLUSTERS)
+        self.note_ended(qemu)
         self.touched = True
         self.keep_moving(qemu)
 
