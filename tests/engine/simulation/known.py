@@ -84,11 +84,18 @@ KNOWN: Final = (
         invariants=frozenset({"unmerged_is_true"}),
     ),
     Defect(
+        name="spins-while-a-cancel-is-under-way",
+        hazards=NONE,
+        seed=5,
+        invariants=frozenset({"nothing_spins"}),
+        bounds=Bounds(calls_a_second=150),
+    ),
+    Defect(
         name="spins-while-the-journal-is-full",
         hazards=NONE.also("journal_full", "kills"),
         seed=0,
         invariants=frozenset({"nothing_spins"}),
-        bounds=Bounds(calls_a_second=150),
+        bounds=Bounds(calls_a_second=350),
     ),
 )
 

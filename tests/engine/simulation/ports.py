@@ -233,8 +233,10 @@ class SimImages:
     async def _delay(self, what: str) -> None:
         self._life.check()
         self._world.trace.note_call(what)
-        wait = max(self._world.latency(), self._world.slow_files_until - self._world.loop.time())
-        await asyncio.sleep(wait)
+        await asyncio.sleep(self._world.latency())
+        while (rest := self._world.slow_files_until - self._world.loop.time()) > 0:
+            # The file system may answer earlier than it was to.
+            await asyncio.sleep(min(rest, 1.0))
         self._life.check()
 
     def _seen(self, path: str) -> Image | None:
