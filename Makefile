@@ -12,6 +12,8 @@ WITH_QEMU := $(if $(QEMU),PATH="$(abspath $(QEMU)):$$PATH")
 ROUNDS ?= 20
 SEED ?=
 REQUESTS ?= 20000
+SEEDS ?= 2000
+HAZARDS ?=
 # Most of a live test's time is spent waiting for other processes.
 WORKERS ?= 3
 VENV := .venv
@@ -27,7 +29,7 @@ DEV := $(VENV)/.dev
 LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-config --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line
 
-.PHONY: help demo test torture fuzz bench serve openapi lock clean packages libvirt
+.PHONY: help demo test torture fuzz simulate bench serve openapi lock clean packages libvirt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -53,6 +55,10 @@ torture: $(DEV) ## Merges under kills at random moments, all data compared (ROUN
 
 fuzz: $(DEV) ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
 	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+
+simulate: $(DEV) ## The engine in a simulated world, seed after seed (SEEDS=2000, SEED= to see one, HAZARDS=)
+	@$(BIN)/python -m tests.engine.simulation --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) \
+		$(if $(HAZARDS),--hazards $(HAZARDS))
 
 bench: $(DEV) | libvirt ## Figures next to raw QMP and to libvirt, at scale (ARGS="small api": only these)
 	@$(BIN)/python -m bench $(ARGS)

@@ -1,5 +1,7 @@
 """`python -m tests.engine.simulation --seeds 1000`: many runs; `--find NAME`: a seed that shows a known defect."""
 
+# ruff: noqa: T201 - it prints what it finds
+
 from __future__ import annotations
 
 import argparse

@@ -1,17 +1,15 @@
-"""A block job inside a simulated QEMU: its life by QAPI's `JobStatus`, as in `tests.core.model`, and the data it moves."""
+"""A block job inside a simulated QEMU: its life by QAPI's `JobStatus`, and the data that it moves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from app.core.errors import CANCELED, OUT_OF_SPACE, Problem, qemu_problem
 from app.core.job import Progress
 from app.core.machine.inputs import Observed
 from tests.engine.simulation.files import CLUSTER
-
-if TYPE_CHECKING:
-    from tests.engine.simulation.qemu import Node
+from tests.engine.simulation.nodes import Node
 
 NEXT: Final = {
     "created": {"running", "aborting"},

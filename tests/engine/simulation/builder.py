@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.engine.simulation.monitor import Monitor
-from tests.engine.simulation.qemu import GuestDisk
+from tests.engine.simulation.nodes import GuestDisk
 from tests.engine.simulation.world import Machine, World
 
 

@@ -23,9 +23,9 @@ SERIOUS: Final = frozenset({Code.INTERNAL_ERROR})
 
 
 class Clients:
-    """What is asked of the service. `accepted` are the jobs that were answered with 202; `errors` what no API answers.
+    """What is asked of the service. `accepted` are the jobs that were answered with 202, `errors` what none may answer.
 
-    `changing` are the domains that are being registered or forgotten, `planning` those on which a commit is being planned.
+    `changing` are the domains that are being registered or forgotten, `planning` those for which a commit is planned.
     """
 
     def __init__(self, world: World, engine: Engine) -> None:
@@ -34,7 +34,6 @@ class Clients:
         self.changing: set[str] = set()
         self.planning: dict[str, int] = {}
         self.known: list[str] = []
-        self.reading: set[str] = set()
         self._world = world
         self._engine = engine
         self._tasks: set[asyncio.Task[None]] = set()

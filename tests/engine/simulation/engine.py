@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,11 @@ from app.engine.shared import Shared
 from app.engine.webhook_sender import WebhookSender
 from app.engine.webhooks import WebhookUseCases
 from app.journal.outbox import SqliteOutbox
+from tests.engine.simulation.images import SimImages
 from tests.engine.simulation.journal import JournalFaults, PlainRender, SimJournal, new_database
+from tests.engine.simulation.life import Life
 from tests.engine.simulation.loop import OWNER, SimClock, SimTask
-from tests.engine.simulation.ports import Life, SimDiscovery, SimDriver, SimImages
+from tests.engine.simulation.ports import SimDiscovery, SimDriver
 from tests.engine.simulation.world import World
 
 WrapPorts = Callable[[Shared], None]
@@ -47,7 +49,7 @@ class NoReceivers:
         """No URL is a receiver's."""
         return f"{url} is not there"
 
-    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:  # noqa: ARG002 - the port's
         """Nothing is sent."""
         raise AssertionError(url)
 
@@ -171,7 +173,7 @@ class Engine:
 
 
 @contextmanager
-def logs_into(note: Callable[[MutableMapping[str, Any]], None]) -> Iterator[None]:
+def logs_into(note: Callable[[MutableMapping[str, Any]], None]) -> Generator[None]:
     """Have what the engine logs handed to `note`, and shown nowhere."""
     processors: list[Any] = structlog.get_config()["processors"]
     before = list(processors)

@@ -14,7 +14,6 @@ from tests.engine.simulation.invariants import Invariants
 from tests.engine.simulation.qemu import Qemu
 from tests.engine.simulation.world import Machine, World
 
-
 CHAIN_MAX = 5
 """Layers beyond which nobody takes a snapshot."""
 
@@ -317,7 +316,7 @@ class Faults:
         world.slow_files_until = world.blind_until = 0.0
         self._engine.faults.next.clear()
         self._engine.faults.full_until = 0.0
-        while self._engine.service is None:
+        while self._engine.service is None:  # noqa: ASYNC110 - the time is a simulated one
             await asyncio.sleep(1)
         for machine in world.machines.values():
             machine.monitor.faults.clear()

@@ -20,7 +20,7 @@ from app.engine.ports.journal import JournalFull
 from app.engine.views import DomainView
 from app.journal import database
 from app.journal.journal import SqliteJournal
-from tests.engine.simulation.ports import Life
+from tests.engine.simulation.life import Life
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ START: Final = 1000.0
 """What the loop's clock says at the start of each simulation, in seconds."""
 
 TURN: Final = 1e-6
-"""Seconds that one turn of the loop takes. Sums of times are rounded, so a clock that stands still may never get there."""
+"""Seconds that one turn of the loop takes. Sums of times are rounded: a clock that stood still might not arrive."""
 
 TURNS_MAX: Final = 20_000
 """Turns of the loop in one virtual second, beyond which something runs in a circle."""
@@ -98,7 +98,7 @@ class SimLoop(BaseEventLoop):
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failed.append((task, error))
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # noqa: ARG002
         """Do it now; the result comes a moment later."""
         future: asyncio.Future[T] = self.create_future()
         try:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from app.engine.ports.driver import Busy, Declined, MonitorError, Unreachable
 from tests.engine.simulation.blockjob import QemuRefuses
-from tests.engine.simulation.qemu import Client, Qemu
+from tests.engine.simulation.nodes import Client
+from tests.engine.simulation.qemu import Qemu
 
 if TYPE_CHECKING:
     from tests.engine.simulation.world import World
@@ -74,28 +75,29 @@ class Monitor:
 
     async def connect(self, hint: Callable[[], None]) -> Link:
         """A connection, once there is a greeting."""
-        world = self._world
-        loop = asyncio.get_running_loop()
         self.service_clients += 1
         try:
-            await asyncio.sleep(world.latency())
-            deadline = loop.time() + GREETING
-            while True:
-                qemu = self.qemu
-                if qemu is None or not qemu.up:
-                    raise Unreachable(f"no monitor at {self.name}: Connection refused")
-                held = self.held_until > loop.time() or bool(self.links)
-                if not held and not qemu.hung:
-                    break
-                if loop.time() >= deadline:
-                    raise Unreachable("the process is stopped") if qemu.hung else Busy("no greeting came")
-                await asyncio.sleep(BACKLOG_LOOK)
+            qemu = await self._greeting()
         except BaseException:
             self.service_clients -= 1
             raise
         link = Link(self, qemu, hint)
         self.links.append(link)
         return link
+
+    async def _greeting(self) -> Qemu:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._world.latency())
+        deadline = loop.time() + GREETING
+        while True:
+            qemu = self.qemu
+            if qemu is None or not qemu.up:
+                raise Unreachable(f"no monitor at {self.name}: Connection refused")
+            if not (self.held_until > loop.time() or self.links or qemu.hung):
+                return qemu
+            if loop.time() >= deadline:
+                raise Unreachable("the process is stopped") if qemu.hung else Busy("no greeting came")
+            await asyncio.sleep(BACKLOG_LOOK)
 
     def send(self, link: Link, what: str, effect: Callable[[Qemu], Any]) -> asyncio.Future[Any]:
         """Send a command; its reply, which may never come."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from app.core.chain import Disk, Layer
 from app.core.errors import CANCELED
 from app.core.job import Process
-from app.core.machine.inputs import Observed
 from tests.engine.simulation.blockjob import (
     DRAINED,
     GOES_ON,
@@ -23,43 +21,7 @@ from tests.engine.simulation.blockjob import (
     QemuRefuses,
 )
 from tests.engine.simulation.files import CLUSTER, CLUSTERS, Content, FileSystem, Image, merged
-
-DEVICE = 8
-"""The number of the device that all files are on."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Node:
-    """A format node. `carrier` is the node of its file; nodes that QEMU has made itself go with the node above."""
-
-    name: str
-    image: Image
-    below: Node | None
-    read_only: bool = True
-    implicit: bool = False
-    carrier: str = ""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class GuestDisk:
-    """A disk of a virtual machine, over all of its processes.
-
-    `active` is the file that the machine is started from next time, `expected` what its guest has to read.
-    """
-
-    target: str
-    qdev: str
-    backend: str | None
-    active: str
-    expected: Content
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Client:
-    """The end of a monitor's connection in QEMU: whom to tell, and how jobs ended."""
-
-    hint: Callable[[], None]
-    final_reports: dict[str, Observed] = field(default_factory=dict[str, Observed])
+from tests.engine.simulation.nodes import DEVICE, Client, GuestDisk, Node
 
 
 class Qemu:
@@ -267,7 +229,7 @@ class Qemu:
         )
         job.left = set(merged([self.layer(node) for node in job.layers]))
         self.jobs[job_id] = job
-        self._tell(job)
+        self._tell()
 
     def _check_base(self, above: list[Node], base: Node) -> None:
         for other in self.nodes.values():
@@ -300,7 +262,7 @@ class Qemu:
         job = self.job(id_)
         job.check_finalize()
         self._end(job)
-        self._tell(job)
+        self._tell()
 
     def move(self, clusters: int) -> None:
         """Let every job take its next move, and copy that many clusters at most."""
@@ -311,7 +273,7 @@ class Qemu:
             before = job.status
             self._move(job, clusters)
             if job.status != before:
-                self._tell(job)
+                self._tell()
 
     def _move(self, job: BlockJob, clusters: int) -> None:
         if job.status == "aborting":
@@ -372,7 +334,7 @@ class Qemu:
         for client in self.clients:
             client.final_reports[job.id] = job.observed
 
-    def _tell(self, job: BlockJob) -> None:
+    def _tell(self) -> None:
         for client in self.clients:
             client.hint()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -87,8 +88,6 @@ class Simulation:
         text = " ".join(f"{key}={value}" for key, value in entry.items() if key != "exc_info")
         self.world.trace.note(f"log {entry['level']}: {entry['event']}", text)
         if error:
-            import sys
-
             self.invariants.crashes.append(f"{text}: {sys.exc_info()[1]!r}")
 
     async def _run(self) -> None:

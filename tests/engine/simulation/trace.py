@@ -22,7 +22,7 @@ class Trace:
         self.lines: list[str] = []
         self.counts: Counter[str] = Counter()
         self.busiest = 0
-        self._second = 0
+        self._second: int = 0
         self._calls = 0
         self._time = time
 
@@ -35,7 +35,7 @@ class Trace:
     def note_call(self, what: str) -> None:
         """A port was called; `busiest` is how often that was in one second at most."""
         self.counts[f"call: {what}"] += 1
-        second = int(self._time())
+        second: int = int(self._time())
         if second != self._second:
             self._second, self._calls = second, 0
         self._calls += 1

@@ -12,7 +12,8 @@ from tests.engine.simulation.files import CLUSTERS, Content, FileSystem, Image, 
 from tests.engine.simulation.hazards import Hazards
 from tests.engine.simulation.loop import START, SimLoop
 from tests.engine.simulation.monitor import Monitor
-from tests.engine.simulation.qemu import GuestDisk, Node, Qemu
+from tests.engine.simulation.nodes import GuestDisk, Node
+from tests.engine.simulation.qemu import Qemu
 from tests.engine.simulation.trace import Trace
 
 PACES: Final = ((0.02, 0.4), (0.1, 1.5))
@@ -59,7 +60,8 @@ class Machine:
 class World:
     """Everything outside of the service. `truth` is what became of the data of each job that QEMU has ended.
 
-    `touched`: data, or what leads to it, has changed since somebody last set it to false.
+    `touched`: data, or what leads to it, has changed since somebody last set it to false. `instant`: some jobs are
+    over before the reply to their start.
     """
 
     def __init__(self, rng: Random, loop: SimLoop, hazards: Hazards) -> None:
@@ -75,6 +77,7 @@ class World:
         self.slow_files_until = 0.0
         self.blind_until = 0.0
         self.touched = True
+        self.instant = True
         self.troubled_at = START
         self.service_at = START
         self._pids = 1000
@@ -108,7 +111,7 @@ class World:
         """A command has been carried out."""
         if not what.startswith("observe"):
             self.trace.note(f"qemu: {what}", f"by {qemu.process.pid}" + (f": {error}" if error else ""), count=False)
-        if what.startswith("start") and error is None and self.rng.random() < QUICK:
+        if what.startswith("start") and error is None and self.instant and self.rng.random() < QUICK:
             for _ in range(self.rng.randint(1, 6)):
                 qemu.move(CLUSTERS)
         self.note_ended(qemu)
