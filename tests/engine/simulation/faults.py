@@ -134,12 +134,15 @@ class Faults:
         self._world.hang(self._machine(), self._seconds(20))
 
     def _hang_long(self) -> None:
-        machine = self._machine()
-        if self._rng.random() < 0.7:
-            self._world.hang(machine, 300)
-        else:
+        """A domain with a job that waits hangs for minutes, or so do the files; others have jobs that wait, too."""
+        queued = [job for job in self._invariants.jobs.values() if job.state is State.QUEUED]
+        if queued and self._rng.random() < 0.7:
+            self._world.hang(self._world.machines[self._rng.choice(queued).domain], 300)
+        elif self._rng.random() < 0.1:
             self._world.slow_files_until = self._world.loop.time() + 300
             self._world.trace.note("fault: hanging files")
+        for machine in self._world.machines.values():
+            self._clients.random_commit(machine)
 
     def _lose_sharer(self) -> None:
         machine = self._machine()
@@ -304,7 +307,10 @@ class Faults:
         self._world.loop.call_later(delay, lambda: self._clients.delete(machine.name, at_once=True))
 
     def _stream(self) -> None:
-        self._clients.stream(self._machine().name, self._world.loop.time() + 30)
+        """A domain's disks are read without a pause while a job runs there."""
+        machine = self._machine()
+        self._clients.random_commit(machine)
+        self._clients.stream(machine.name, self._world.loop.time() + 12)
 
     # The end ----------------------------------------------------------------------------------------------------------
 

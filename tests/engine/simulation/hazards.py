@@ -91,6 +91,8 @@ class Bounds:
     """From the end of all faults to the end of each job, or to its waiting for a person."""
     calls_a_second: int = 5000
     """Calls of the ports in one virtual second; more of them are made in a circle."""
+    failed_writes_a_second: int = 5000
+    """Attempts in one virtual second to write to a journal that is full."""
     after_trouble_s: float = 25.0
     """After a fault: what a time-box, a heartbeat and a new attempt to connect take together."""
 

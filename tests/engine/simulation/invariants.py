@@ -67,8 +67,11 @@ class Invariants:
 
     def nothing_spins(self) -> None:
         """The engine does not call its ports over and over again without a pause."""
-        if self._world.trace.busiest > self._bounds.calls_a_second:
-            raise Violation("nothing_spins", f"{self._world.trace.busiest} calls of ports in one second")
+        busiest, bounds = self._world.trace.busiest, self._bounds
+        if busiest["calls"] > bounds.calls_a_second:
+            raise Violation("nothing_spins", f"{busiest['calls']} calls of ports in one second")
+        if busiest["failed writes"] > bounds.failed_writes_a_second:
+            raise Violation("nothing_spins", f"{busiest['failed writes']} failed writes in one second")
 
     def one_actor_for_a_domain(self) -> None:
         """At most one actor works for a domain: the service has one connection to a monitor, or one attempt at it."""

@@ -79,11 +79,13 @@ class SimJournal(SqliteJournal):
         life: Life,
         faults: JournalFaults,
         kill: Callable[[], None],
+        note_call: Callable[[str, str], None],
     ) -> None:
         super().__init__(connection, connection, PlainRender(), clock)
         self._life = life
         self._faults = faults
         self._kill = kill
+        self._note_call = note_call
         self._seconds = clock.monotonic
 
     async def write(self, work: Callable[[sqlite3.Connection, list[StoredEvent]], T]) -> T:
@@ -91,6 +93,7 @@ class SimJournal(SqliteJournal):
         self._life.check()
         fault = self._faults.next.popleft() if self._faults.next else None
         if fault == "full" or self._faults.full_until > self._seconds():
+            self._note_call("write", "failed writes")
             # That it can't be written is found by the writing thread, on its way there and back.
             await asyncio.sleep(WRITE_S)
             raise JournalFull("the simulated file system is full")

@@ -21,9 +21,9 @@ class Trace:
     def __init__(self, time: Callable[[], float]) -> None:
         self.lines: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.busiest = 0
+        self.busiest: Counter[str] = Counter()
         self._second: int = 0
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
         self._time = time
 
     def note(self, what: str, detail: str = "", *, count: bool = True) -> None:
@@ -32,14 +32,15 @@ class Trace:
         if count:
             self.counts[what] += 1
 
-    def note_call(self, what: str) -> None:
-        """A port was called; `busiest` is how often that was in one second at most."""
+    def note_call(self, what: str, kind: str = "calls") -> None:
+        """A port was called; `busiest` is how many calls of a kind there were in one second at most."""
         self.counts[f"call: {what}"] += 1
         second: int = int(self._time())
         if second != self._second:
-            self._second, self._calls = second, 0
-        self._calls += 1
-        self.busiest = max(self.busiest, self._calls)
+            self._second = second
+            self._calls.clear()
+        self._calls[kind] += 1
+        self.busiest[kind] = max(self.busiest[kind], self._calls[kind])
 
     def tail(self, lines: int = 60) -> str:
         """The last lines."""
