@@ -88,7 +88,14 @@ class Engine:
         self.life = life = Life(f"service {self.lives}")
         OWNER.set(life.name)
         clock = SimClock(world.loop)
-        journal = SimJournal(self.database, clock, life, self.faults, self.kill, world.trace.note_call)
+        journal = SimJournal(
+            connection=self.database,
+            clock=clock,
+            life=life,
+            faults=self.faults,
+            kill=self.kill,
+            note_call=world.trace.note_call,
+        )
         hub = Hub(journal, clock)
         shared = Shared(
             driver=SimDriver(world, life),

@@ -74,6 +74,7 @@ class SimJournal(SqliteJournal):
 
     def __init__(
         self,
+        *,
         connection: sqlite3.Connection,
         clock: Clock,
         life: Life,

@@ -12,6 +12,7 @@ from typing import Final
 
 from tests.engine.simulation.engine import Mutant
 from tests.engine.simulation.hazards import BOUNDS, NONE, Bounds, Hazards
+from tests.engine.simulation.mutants import NODES_KEPT, UNFLUSHED
 from tests.engine.simulation.run import STEPS, Outcome, simulate
 
 
@@ -101,8 +102,23 @@ KNOWN: Final = (
     ),
 )
 
-MUTANTS: Final[tuple[Defect, ...]] = ()
-"""Defects that were mended, each with the mutant that brings it back."""
+MUTANTS: Final = (
+    Defect(
+        name="base-not-flushed",
+        hazards=NONE,
+        seed=0,
+        invariants=frozenset({"guests_read_their_data"}),
+        mutant=UNFLUSHED,
+    ),
+    Defect(
+        name="nodes-kept",
+        hazards=NONE,
+        seed=0,
+        invariants=frozenset({"nodes_are_released"}),
+        mutant=NODES_KEPT,
+    ),
+)
+"""Defects that the engine does not have, or has no more, each with the mutant that brings it back."""
 
 
 def find(defect: Defect, *, start: int = 0, tries: int = 3000) -> Outcome | None:
