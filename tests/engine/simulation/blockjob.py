@@ -51,7 +51,8 @@ class BlockJob:
     """A commit of `layers` (topmost first) into `base`, on the disk `target`.
 
     `paused` is a pause by a client or an I/O error, not one of QEMU's own short ones. `left` are the clusters that are
-    still to be copied, and `outcome` what became of the data: `merged`, `kept` (a consistent copy) or `undone`.
+    still to be copied, and `outcome` what became of the data: `merged`, `kept` (a consistent copy) or `undone`;
+    `noted` says that the world has taken it in.
     """
 
     id: str
@@ -72,6 +73,7 @@ class BlockJob:
     gentle_cancel: bool = False
     complete: bool = False
     outcome: str | None = None
+    noted: bool = False
 
     def to(self, status: str) -> None:
         """Move, as far as QEMU's own table allows it."""

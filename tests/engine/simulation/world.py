@@ -149,8 +149,9 @@ class World:
     def note_ended(self, qemu: Qemu) -> None:
         """Write down what became of jobs."""
         for id_, job in qemu.ended.items():
-            if id_ not in self.truth and job.outcome is not None:
-                self.truth[id_] = job.outcome
+            if not job.noted and job.outcome is not None:
+                # Started twice under one id, as another client took the first one away, it is the later that counts.
+                self.truth[id_], job.noted = job.outcome, True
                 self.trace.counts[f"in QEMU: {job.outcome}"] += 1
 
     # Building ---------------------------------------------------------------------------------------------------------
