@@ -25,13 +25,15 @@ SERIOUS: Final = frozenset({Code.INTERNAL_ERROR})
 class Clients:
     """What is asked of the service. `accepted` are the jobs that were answered with 202, `errors` what none may answer.
 
-    `changing` are the domains that are being registered or forgotten, `planning` those for which a commit is planned.
+    `changing` are the domains that are being registered or forgotten, `deleting` the latter of them, `planning` those
+    for which a commit is planned.
     """
 
     def __init__(self, world: World, engine: Engine) -> None:
         self.accepted: dict[str, Job] = {}
         self.errors: list[str] = []
         self.changing: set[str] = set()
+        self.deleting: set[str] = set()
         self.planning: dict[str, int] = {}
         self.known: list[str] = []
         self._world = world
@@ -94,15 +96,19 @@ class Clients:
             self._change(f"DELETE {name}", name, lambda service: service.forget(name))
 
     def _change(self, what: str, name: str, call: Callable[[Service], Awaitable[Any]]) -> None:
-        async def change(service: Service) -> None:
-            try:
-                await call(service)
-            finally:
-                self.changing.discard(name)
+        task = self.ask(what, call)
+        if task is None:
+            return
 
-        if self._engine.service is not None:
-            self.changing.add(name)
-            self.ask(what, change)
+        def over(_task: object) -> None:
+            self.changing.discard(name)
+            self.deleting.discard(name)
+
+        # Not in the request itself, which may be canceled before it has begun.
+        task.add_done_callback(over)
+        self.changing.add(name)
+        if what.startswith("DELETE"):
+            self.deleting.add(name)
 
     def read(self, name: str) -> None:
         """Read a domain's disks."""
@@ -128,6 +134,8 @@ class Clients:
     def commit(self, machine: Machine, target: str, request: CommitRequest, *, dry: bool = False) -> None:
         """Ask for a commit, or for its plan."""
         name = machine.name
+        if name in self.deleting and not self._world.hazards.delete_while_planning:
+            return
 
         async def commit(service: Service) -> Any:
             if dry:
