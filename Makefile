@@ -39,7 +39,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --no-confi
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --annotation-style=line \
 	--generate-hashes
 
-.PHONY: help demo check types core test torture fuzz bench serve openapi lock clean python qemu libvirt
+.PHONY: help demo check types core test torture fuzz simulate bench serve openapi lock clean python qemu libvirt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -70,6 +70,10 @@ torture: $(DEV) | qemu ## Merges under kills at random moments, all data compare
 
 fuzz: $(DEV) | qemu ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
 	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))
+
+simulate: $(DEV) ## The engine in a simulated world, seed after seed (SEEDS=2000, SEED= to see one, HAZARDS=)
+	@$(BIN)/python -m tests.engine.simulation --seeds $(SEEDS) $(if $(SEED),--seed $(SEED)) \
+		$(if $(HAZARDS),--hazards $(HAZARDS))
 
 bench: $(DEV) | qemu libvirt ## Figures next to raw QMP and to libvirt, at scale (ARGS="small api": only these)
 	@$(BIN)/python -m bench $(ARGS)

@@ -1,0 +1,154 @@
+"""The `Images` port on the simulated file system."""
+# ruff: noqa: ARG002 - the port names the process whose view is meant; all of a host have the same here
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from app.core.chain import Disk, Identity, Layer, NotDeleted
+from app.core.errors import Code, Problem, Refused
+from app.core.evidence import Process
+from app.engine.ports.images import Measure
+from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
+from tests.engine.simulation.life import Life
+from tests.engine.simulation.nodes import DEVICE
+from tests.engine.simulation.world import World
+
+
+class SimImages:
+    """The `Images` port. Files of other hosts can't be seen, whatever process is named."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self._world = world
+        self._life = life
+
+    async def _delay(self, what: str) -> None:
+        self._life.check()
+        self._world.trace.note_call(what)
+        await asyncio.sleep(self._world.latency())
+        while (rest := self._world.slow_files_until - self._world.loop.time()) > 0:  # noqa: ASYNC110
+            # The file system may answer earlier than it was to.
+            await asyncio.sleep(min(rest, 1.0))
+        self._life.check()
+
+    def _seen(self, path: str) -> Image | None:
+        image = self._world.files.paths.get(path)
+        return image if image is not None and image.seen else None
+
+    def _identity(self, path: str) -> Identity | None:
+        image = self._seen(path)
+        return (DEVICE, image.inode) if image is not None else None
+
+    async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
+        """The identities of those of the `names` that are paths of files that can be seen."""
+        await self._delay("identities")
+        found = ((name, self._identity(name)) for name in names)
+        return {name: identity for name, identity in found if identity is not None}
+
+    async def free_bytes(self, path: str, process: Process | None) -> int | None:
+        """Free bytes of the file system that holds `path`."""
+        await self._delay("free_bytes")
+        if self._seen(path) is None:
+            return None
+        return 0 if self._world.files.full else 1 << 40
+
+    async def is_device(self, path: str, process: Process | None) -> bool:
+        """No image is a block device."""
+        await self._delay("is_device")
+        return False
+
+    async def locked(self, path: str, process: Process | None) -> bool:
+        """Whether a process other than `process` has the image open."""
+        await self._delay("locked")
+        image = self._seen(path)
+        if image is None or (process is not None and process.pid is None):
+            return False
+        return bool(self._world.openers(process, image))
+
+    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
+        """What a merge copies."""
+        await self._delay("measure")
+        images = [self._seen(layer.file) for layer in layers]
+        if any(image is None for image in images):
+            return None
+        *above, base = [image.clusters for image in images if image is not None]
+        copied = {cluster for layer in above for cluster in layer}
+        return Measure(bytes_to_copy=len(copied) * CLUSTER, new_bytes=len(copied - set(base)) * CLUSTER)
+
+    async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
+        """Those of the `files` that can't be unlinked."""
+        await self._delay("undeletable")
+        return {file: "can't be seen" for file in files if self._seen(file) is None}
+
+    async def unlink(
+        self,
+        files: Mapping[str, Identity | None],
+        process: Process | None,
+        in_use: Callable[[str, Identity | None], str | None],
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
+        """Unlink files."""
+        deleted: list[str] = []
+        kept: list[NotDeleted] = []
+        for path, identity in files.items():
+            user = in_use(path, identity)
+            if user:
+                kept.append(NotDeleted(file=path, reason=f"in use by {user}"))
+                continue
+            await self._delay("unlink")
+            reason = self._unlink(path, identity, process)
+            if reason is None:
+                deleted.append(path)
+            else:
+                kept.append(NotDeleted(file=path, reason=reason))
+        return tuple(deleted), tuple(kept)
+
+    def _unlink(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
+        if path.startswith("/remote"):
+            return "its folder can't be opened"
+        image = self._seen(path)
+        if image is None:
+            return None
+        if identity != (DEVICE, image.inode):
+            return "not the file that QEMU has opened under this name"
+        if self._world.openers(process, image):
+            return "another process has it open"
+        self._world.files.unlink(path)
+        self._world.touched = True
+        self._world.trace.note("unlinked", path)
+        return None
+
+    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
+        """The path to which the header of an image leads, and the file there."""
+        await self._delay("backing_of")
+        image = self._seen(overlay)
+        if image is None or identity != (DEVICE, image.inode) or image.header is None:
+            return None
+        below = resolve(image.header, overlay)
+        return below, self._identity(below)
+
+    async def offline_disk(self, name: str, image: str) -> Disk:
+        """A disk of a domain that is off, from the headers."""
+        await self._delay("offline_disk")
+        layers: list[Layer] = []
+        path: str | None = image
+        while path is not None:
+            found = self._seen(path)
+            if found is None:
+                detail = f"the disk {name} can't be read: {path}: No such file or directory"
+                raise Refused(Problem(code=Code.DISK_NOT_FOUND, detail=detail, extra={"file": path}))
+            layers.append(
+                Layer(
+                    file=path,
+                    format="qcow2",
+                    node="",
+                    virtual_size=CLUSTERS * CLUSTER,
+                    actual_size=found.size,
+                    backing=found.header,
+                    backing_format="qcow2" if found.header else None,
+                    identity=(DEVICE, found.inode),
+                    folder=path.rpartition("/")[0],
+                )
+            )
+            path = resolve(found.header, path) if found.header is not None else None
+        return Disk(name=name, layers=tuple(layers))

@@ -1,0 +1,130 @@
+"""Defects that the simulator has found: those that the engine still has, and those that mutants bring back.
+
+`KNOWN` lists what today's engine does wrong, each with a seed that shows it. Once a defect is mended its test fails:
+then take the entry out of `KNOWN`, and put it into `MUTANTS` with a `mutant` that brings the defect back, found anew by
+`python -m tests.engine.simulation --find NAME`. So the simulator's ability to find it stays tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from tests.engine.simulation.engine import Mutant
+from tests.engine.simulation.hazards import BOUNDS, NONE, Bounds, Hazards
+from tests.engine.simulation.mutants import NODES_KEPT, UNFLUSHED
+from tests.engine.simulation.run import STEPS, Outcome, simulate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defect:
+    """A defect: what has to be allowed for it to show, the seed that shows it, and the invariants that fail."""
+
+    name: str
+    hazards: Hazards
+    seed: int
+    invariants: frozenset[str]
+    steps: int = STEPS
+    bounds: Bounds = BOUNDS
+    mutant: Mutant | None = None
+
+    def shown_by(self, seed: int) -> Outcome | None:
+        """The run of that seed, if it shows the defect."""
+        outcome = simulate(seed, self.hazards, steps=self.steps, mutant=self.mutant, bounds=self.bounds)
+        found = outcome.violation
+        return outcome if found is not None and found.invariant in self.invariants else None
+
+
+KNOWN: Final = (
+    Defect(
+        name="false-completed",
+        hazards=NONE.also("foreign_revert"),
+        seed=0,
+        invariants=frozenset({"completed_is_true"}),
+    ),
+    Defect(
+        name="base-of-a-gone-domain",
+        hazards=NONE.also("gone_sharers"),
+        seed=4,
+        invariants=frozenset({"guests_read_their_data"}),
+    ),
+    Defect(
+        name="two-actors",
+        hazards=NONE.also("double_put"),
+        seed=0,
+        invariants=frozenset({"one_actor_for_a_domain"}),
+    ),
+    Defect(
+        name="job-lost-by-delete",
+        hazards=NONE.also("delete_while_planning"),
+        seed=5,
+        invariants=frozenset({"jobs_end"}),
+    ),
+    Defect(
+        name="ready-unseen-under-reads",
+        hazards=NONE.also("read_streams"),
+        seed=0,
+        invariants=frozenset({"ready_jobs_are_looked_at"}),
+        bounds=Bounds(after_trouble_s=2),
+    ),
+    Defect(
+        name="place-kept-by-a-hung-domain",
+        hazards=NONE.also("scarce", "long_hangs"),
+        seed=280,
+        invariants=frozenset({"free_places_are_used"}),
+        bounds=Bounds(queue_s=10, after_trouble_s=12),
+    ),
+    Defect(
+        name="put-and-delete",
+        hazards=NONE.also("put_and_delete"),
+        seed=0,
+        invariants=frozenset({"no_task_has_died"}),
+    ),
+    Defect(
+        name="pivot-by-others-and-a-kill",
+        hazards=NONE.also("foreign", "kills", "busy", "service_kills", "foreign_pivot_crash"),
+        seed=15,
+        invariants=frozenset({"unmerged_is_true"}),
+    ),
+    Defect(
+        name="spins-while-a-cancel-is-under-way",
+        hazards=NONE,
+        seed=7,
+        invariants=frozenset({"nothing_spins"}),
+        bounds=Bounds(calls_a_second=150),
+    ),
+    Defect(
+        name="spins-while-the-journal-is-full",
+        hazards=NONE.also("journal_full", "kills"),
+        seed=17,
+        invariants=frozenset({"nothing_spins"}),
+        bounds=Bounds(failed_writes_a_second=50),
+    ),
+)
+
+MUTANTS: Final = (
+    Defect(
+        name="base-not-flushed",
+        hazards=NONE,
+        seed=0,
+        invariants=frozenset({"guests_read_their_data"}),
+        mutant=UNFLUSHED,
+    ),
+    Defect(
+        name="nodes-kept",
+        hazards=NONE,
+        seed=0,
+        invariants=frozenset({"nodes_are_released"}),
+        mutant=NODES_KEPT,
+    ),
+)
+"""Defects that the engine does not have, or has no more, each with the mutant that brings it back."""
+
+
+def find(defect: Defect, *, start: int = 0, tries: int = 3000) -> Outcome | None:
+    """The first seed from `start` on that shows the defect."""
+    for seed in range(start, start + tries):
+        outcome = defect.shown_by(seed)
+        if outcome is not None:
+            return outcome
+    return None
