@@ -234,7 +234,8 @@ class Actor:
         except MonitorError as error:
             self._executor.monitor_error = error
         except JournalFull as error:
-            # Nothing was stored, so nothing was done: the same is seen and tried again at the next look.
+            # Nothing was stored, so nothing was done: the same is seen and tried again at the next poll.
+            self._jobs.look_soon = False
             log.error("journal full", domain=self.id, error=str(error))
         # Beside a domain without jobs nothing is done until something happens there; `_wait` sees to those with jobs.
         self._next_look = float("inf")
@@ -253,6 +254,7 @@ class Actor:
             self._shared.known.recorded(uses)
 
     async def _serve_inbox(self) -> None:
+        """Serve those who wait, until a look at the jobs is due."""
         while self._inbox:
             request = self._inbox.popleft()
             try:
@@ -265,6 +267,9 @@ class Actor:
             else:
                 if not request.answer.done():
                     request.answer.set_result(answer)
+            if self._look_is_due:
+                # Clients that read without a pause would keep a ready job waiting for ever.
+                return
 
     # Requests, run by `call` ------------------------------------------------------------------------------------------
 

@@ -127,17 +127,19 @@ class DomainJobs:
         unstored: list[tuple[Step, Input]] = []
         while events or unstored:
             commands: tuple[Command, ...] = ()
+            moved = False
             if events:
                 event = events.popleft()
                 following = step(job, event, self._shared.clock.now())
-                job, commands = following.job, following.commands
+                job, commands, moved = following.job, following.commands, bool(following.versions)
                 unstored.append((following, event))
             if not commands or not READING.issuperset(commands):
                 await self._store(stored, unstored)
                 unstored.clear()
                 stored = job
             for command in commands:
-                self.look_soon |= command is not Command.START
+                # A command that is only sent again shows its effect at a poll, or by an event.
+                self.look_soon |= command is Command.FINALIZE or (moved and command is not Command.START)
                 result = await self._executor.carry_out(job, live, command)
                 if result is not None:
                     events.append(result)

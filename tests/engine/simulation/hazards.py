@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hazards:
-    """Which troubles a run may meet. The last group leads to defects that are known, so it is off by default."""
+    """Which troubles a run may meet.
+
+    The last group leads to defects that are known, or is slow, so it is off by default.
+    """
 
     lost_replies: bool = True
     """A command arrives and its reply does not, or it never arrives."""
@@ -42,20 +45,20 @@ class Hazards:
     scarce: bool = True
     """There are fewer places than jobs."""
 
+    double_put: bool = True
+    """The same domain is registered twice at once."""
+    put_and_delete: bool = True
+    """The same domain is forgotten and registered at once."""
+    delete_while_planning: bool = True
+    """A domain is deleted while a commit on it is being planned."""
+    read_streams: bool = False
+    """Clients read a domain's disks without a pause, which takes most of the time of a run."""
     foreign_revert: bool = False
     """While the service is away, another client takes a job away and moves the device onto its base."""
     foreign_pivot_crash: bool = False
     """Another client completes a job of the service, and QEMU may end before anybody has looked."""
     gone_sharers: bool = False
     """A domain that uses another domain's base is shut off, or forgotten."""
-    double_put: bool = False
-    """The same domain is registered twice at once."""
-    put_and_delete: bool = False
-    """The same domain is forgotten and registered at once."""
-    delete_while_planning: bool = False
-    """A domain is deleted while a commit on it is being planned."""
-    read_streams: bool = False
-    """Clients read a domain's disks without a pause."""
     long_hangs: bool = False
     """A QEMU is stopped for minutes; a call of the `Images` port takes minutes."""
 

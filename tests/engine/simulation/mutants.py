@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
+from app.core.errors import Code, Problem, Refused
+from app.core.job import Job
+from app.engine.actor import Actor
+from app.engine.domains import DomainDirectory
 from app.engine.ports.driver import Driver
+from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
 from tests.engine.simulation.engine import Mutant
 
@@ -58,6 +64,47 @@ async def _dismiss_only(runner: Any, job_id: str, _nodes: Sequence[str] = ()) ->
 
 UNFLUSHED: Final = _with_runner(flush=_nothing)
 """A merge below the active layer is finalized before its data is on the disk."""
+
+
+class _Unlocked(DomainDirectory):
+    """Changes of one domain are not serialised."""
+
+    def _alone(self, domain: str) -> asyncio.Lock:  # noqa: ARG002 - as the engine's own
+        return asyncio.Lock()
+
+
+class _Hasty(DomainDirectory):
+    """Whether a domain may be forgotten is decided outside of its actor."""
+
+    async def forget(self, domain: str) -> None:
+        """Forget a domain that has no job just now."""
+        actor = self.find(domain)
+        if actor.jobs:
+            raise Refused(Problem(code=Code.JOB_CONFLICT, detail=actor.jobs[0].id))
+        await self._unregister(domain)
+        self._forgotten.add(domain)
+        await self._remove(actor)
+
+
+class _GreedyActor(Actor):
+    """Serves requests as long as there are any."""
+
+    @property
+    def _look_is_due(self) -> bool:
+        return not self._inbox and super()._look_is_due
+
+
+class _Greedy(DomainDirectory):
+    def _launch(self, registration: Registration, jobs: Sequence[Job]) -> Actor:
+        actor = super()._launch(registration, jobs)
+        # Before its task has begun.
+        actor.__class__ = _GreedyActor
+        return actor
+
+
+UNLOCKED: Final = Mutant(directory=_Unlocked)
+HASTY: Final = Mutant(directory=_Hasty)
+GREEDY: Final = Mutant(directory=_Greedy)
 
 NODES_KEPT: Final = _with_runner(conclude=_dismiss_only)
 """The nodes of merged layers stay in QEMU."""

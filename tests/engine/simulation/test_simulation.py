@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.simulation.hazards import DEFAULT
+from tests.engine.simulation.hazards import DEFAULT, NONE, Bounds
 from tests.engine.simulation.known import KNOWN, MUTANTS, Defect
 from tests.engine.simulation.run import simulate
 
@@ -45,3 +45,12 @@ def test_a_mutant_is_found(defect: Defect) -> None:
     """A defect that was mended shows where a mutant brings it back, and does not show without that."""
     assert defect.shown_by(defect.seed) is not None, f"the mutant {defect.name} is not found at seed {defect.seed}"
     assert simulate(defect.seed, defect.hazards, steps=defect.steps, bounds=defect.bounds).violation is None
+
+
+@pytest.mark.parametrize("seed", [0, 9, 11, 12, 24, 27])
+def test_nothing_is_asked_in_a_circle(seed: int) -> None:
+    """A command without an effect yet, and a journal that is full, are tried again at the next poll, not at once."""
+    calls = simulate(seed, NONE, bounds=Bounds(calls_a_second=150))
+    assert calls.violation is None, calls.report()
+    writes = simulate(seed, NONE.also("journal_full", "kills"), bounds=Bounds(failed_writes_a_second=50))
+    assert writes.violation is None, writes.report()
