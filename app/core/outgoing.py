@@ -36,7 +36,7 @@ SCHEDULE: Final = (
 """How long after each failed attempt the next one comes, in ms; after the last of them there is none."""
 
 JITTER: Final = 0.1
-"""By which part of itself a wait may be longer, so that those who failed together don't come back together."""
+"""Fraction by which a wait is lengthened at random: webhooks that failed together must come back apart."""
 
 GONE: Final = 410
 """The status of a receiver that wants no more."""

@@ -44,7 +44,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 class _Client(QMPClient):
     """A client that hands its events on and keeps none: the library's listeners keep all of them for ever.
 
-    Nor does it make a text of each message for a log that nobody reads, which is most of what a message costs.
+    It makes no text of a message for a log that nobody reads: that is most of what a message costs.
     """
 
     def __init__(self, sink: Sink) -> None:

@@ -129,10 +129,9 @@ class Runner(Protocol):
         ...
 
     async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
-        """Let QEMU forget a concluded job; one that it does not know is no error.
+        """Let QEMU forget a concluded job; a job that it does not know is no error.
 
-        Then delete the nodes that are left of the layers that it has merged, in this order; nor is one of them that has
-        gone already.
+        Then delete those of the `nodes` that are left, in this order; a node that has gone already is no error.
         """
         ...
 

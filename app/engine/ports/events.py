@@ -11,8 +11,9 @@ from typing import Final
 class StoredEvent:
     """An event as the journal holds it.
 
-    `subject` and `source` are as in a CloudEvent; `data` is the JSON text of the event's data. `job_id` and `domain`
-    are what streams are filtered by. A `job.progress` event has no id and is never stored.
+    `domain`, `disk` and `job_id` say what the event is about, and are what streams are filtered by; the API makes a
+    CloudEvent's `source` and `subject` of them. `time` is in ms since 1970, `data` the JSON text of the event's data.
+    A `job.progress` event has no id and is never stored.
     """
 
     id: int | None

@@ -67,7 +67,7 @@ class Images(Protocol):
     async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
         """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
 
-        Nor is it read where another file than that of `identity` is called `overlay` by now.
+        Returns None, too, if `overlay` now names another file than `identity`.
         """
         ...
 
