@@ -65,10 +65,19 @@ def same_image(one: Image, other: Image) -> Sameness:
     return Sameness.UNKNOWN if renumbered else Sameness.OTHER
 
 
-def may_be_same(one: Image, other: Image) -> bool:
-    """Whether both have to be treated as the same image; if nobody can tell, equal paths decide."""
+def may_be_same(one: Image, other: Image, *, one_view: bool = True) -> bool:
+    """Whether both have to be treated as the same image; if nobody can tell, equal paths decide.
+
+    Equal paths say that only within `one_view` of the file system: QEMUs in other containers or on other hosts have
+    other files under the same paths.
+    """
     answer = same_image(one, other)
-    return answer is Sameness.SAME or (answer is Sameness.UNKNOWN and one.path == other.path)
+    return answer is Sameness.SAME or (answer is Sameness.UNKNOWN and one_view and one.path == other.path)
+
+
+def one_view(domain: str | None, other: str | None) -> bool:
+    """Whether the paths of two domains are known to be seen in the same way; None is any domain."""
+    return domain is None or other is None or domain == other
 
 
 # Uses -----------------------------------------------------------------------------------------------------------------
@@ -156,9 +165,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobClaims:
-    """The claims of an unfinished job. `parent` is the job that has started it as one of its steps, or None."""
+    """The claims of an unfinished job of a domain. `parent` is the job that has started it as one of its steps."""
 
     job_id: str
+    domain: str | None = None
     parent: str | None = None
     claims: tuple[Claim, ...] = ()
 
@@ -172,12 +182,15 @@ class Conflict:
     theirs: Claim
 
 
-def conflicts(mine: Claim, theirs: Claim) -> bool:
-    """Whether two claims exclude each other: they are on the same resource, and one of them is more than a read."""
+def conflicts(mine: Claim, theirs: Claim, *, one_view: bool = True) -> bool:
+    """Whether two claims exclude each other: they are on the same resource, and one of them is more than a read.
+
+    `one_view`: as in `may_be_same`.
+    """
     if mine.access is Access.READ and theirs.access is Access.READ:
         return False
     if isinstance(mine.resource, Image) and isinstance(theirs.resource, Image):
-        return may_be_same(mine.resource, theirs.resource)
+        return may_be_same(mine.resource, theirs.resource, one_view=one_view)
     return mine.resource == theirs.resource
 
 
@@ -191,9 +204,10 @@ def find_conflict(mine: JobClaims, others: Iterable[JobClaims]) -> Conflict | No
     for other in others:
         if related(mine, other):
             continue
+        together = one_view(mine.domain, other.domain)
         for theirs in other.claims:
             for claim in mine.claims:
-                if conflicts(claim, theirs):
+                if conflicts(claim, theirs, one_view=together):
                     return Conflict(job_id=other.job_id, mine=claim, theirs=theirs)
     return None
 
@@ -225,10 +239,14 @@ class InvalidMark:
 
 @dataclass(frozen=True, slots=True)
 class MarkChange:
-    """Which marks are set, and which images are valid or gone now: all marks of theirs end first."""
+    """Which marks are set, and which images are valid or gone now: all marks of theirs end first.
+
+    `domain` is the domain in whose view the images to `remove` are named; None: in any.
+    """
 
     add: tuple[InvalidMark, ...] = ()
     remove: tuple[Image, ...] = ()
+    domain: str | None = None
 
 
 def marks_of(images: Iterable[Image], *, job_id: str, domain: str, reason: InvalidReason) -> tuple[InvalidMark, ...]:
@@ -247,7 +265,13 @@ def marks_of_merge(
     return marks_of(chain[max(top, 1) : base], job_id=job_id, domain=domain, reason=reason)
 
 
-def valid_layers(disk: Disk, marks: Iterable[InvalidMark]) -> tuple[bool, ...]:
-    """For each layer of a disk whether its content can be relied on."""
-    marked = [mark.image for mark in marks]
-    return tuple(not any(may_be_same(Image.of(layer), image) for image in marked) for layer in disk.layers)
+def valid_layers(disk: Disk, marks: Iterable[InvalidMark], domain: str | None = None) -> tuple[bool, ...]:
+    """For each layer of a domain's disk whether its content can be relied on.
+
+    The active layer is always right: the guest reads what it shows.
+    """
+    marked = [(mark.image, one_view(domain, mark.domain)) for mark in marks]
+    return tuple(
+        place == 0 or not any(may_be_same(Image.of(layer), image, one_view=together) for image, together in marked)
+        for place, layer in enumerate(disk.layers)
+    )

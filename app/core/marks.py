@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from app.core.images import InvalidReason, MarkChange, marks_of
+from app.core.images import Image, InvalidReason, MarkChange, marks_of
 from app.core.job import Job
 from app.core.kinds import kind_of
 from app.core.states import DataState, State
+
+
+def _new_active(job: Job) -> tuple[Image, ...]:
+    """After a pivot the base is the active layer, and has all that the guest reads."""
+    base = next(layer for layer in job.spec.disk.layers if layer.file == job.base_file)
+    return (base.image,) if job.capabilities.pivots else ()
 
 
 def mark_change(before: DataState, after: Job) -> MarkChange | None:
@@ -15,15 +21,16 @@ def mark_change(before: DataState, after: Job) -> MarkChange | None:
     the job has merged them after all. After `on_ready: keep` they stay as they are, and so does the mark.
     """
     images = tuple(layer.image for layer in kind_of(after.spec).mixed(after.spec))
-    if not images:
-        return None
     if after.state is State.COMPLETED:
         judgement = after.control.judgement
         # A person who resolves a lost job as completed says that it was merged.
         if judgement is None or judgement.merged or after.resolved is not None:
-            return MarkChange(remove=images)
-        return MarkChange(add=marks_of(images, job_id=after.id, domain=after.domain, reason=InvalidReason.KEPT))
+            return MarkChange(remove=images + _new_active(after), domain=after.domain)
+        return _added(images, after, InvalidReason.KEPT)
     if before is DataState.UNTOUCHED and after.data_state is not DataState.UNTOUCHED:
-        reason = InvalidReason.BASE_MODIFIED
-        return MarkChange(add=marks_of(images, job_id=after.id, domain=after.domain, reason=reason))
+        return _added(images, after, InvalidReason.BASE_MODIFIED)
     return None
+
+
+def _added(images: tuple[Image, ...], job: Job, reason: InvalidReason) -> MarkChange | None:
+    return MarkChange(add=marks_of(images, job_id=job.id, domain=job.domain, reason=reason)) if images else None

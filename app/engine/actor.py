@@ -41,6 +41,9 @@ log = structlog.get_logger(__name__)
 POLL_S: Final = 0.5
 """Seconds between two looks at running jobs; QEMU has no event for progress, and two reports a second are promised."""
 
+WELCOME_S: Final = 1.0
+"""Seconds until what a domain shows is read again, where QEMU has declined to tell it."""
+
 INBOX: Final = 256
 """Requests that may wait for one domain."""
 
@@ -77,6 +80,7 @@ class Actor:
         self._inbox: deque[_Request] = deque()
         self._woken = asyncio.Event()
         self._next_look = 0.0
+        self._next_welcome = float("inf")
         self._stopping = False
 
     # From outside -----------------------------------------------------------------------------------------------------
@@ -157,6 +161,8 @@ class Actor:
                 await self._wait()
                 if self.connection.pending:
                     await self._changed(await self.connection.end())
+                if self._shared.clock.monotonic() >= self._next_welcome:
+                    await self._welcome()
                 await self._serve_inbox()
                 await self._handle_monitor_error()
                 if self._look_is_due:
@@ -179,7 +185,7 @@ class Actor:
         if self._jobs.needs_polling:
             self._next_look = min(self._next_look, self._shared.clock.monotonic() + POLL_S)
         if not (self._inbox or self._jobs.look_soon or self.connection.pending or self._stopping):
-            until = min(self._next_look, self.connection.deadline)
+            until = min(self._next_look, self._next_welcome, self.connection.deadline)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, until - self._shared.clock.monotonic())):
                     await self._woken.wait()
@@ -209,17 +215,23 @@ class Actor:
                 pass
 
     async def _welcome(self) -> None:
+        """Read what the domain shows. QEMU may decline that for a while, so it is tried until it is done."""
+        self._next_welcome = float("inf")
+        if self.connection.phase is not Phase.GREETED:
+            return
         self._jobs.look_soon = True
         try:
             guest_running = await self.connection.require().guest_running()
             await self.disks.read()
-            self.connection.welcome(guest_running=guest_running)
             await self._jobs.find_orphans()
+            self.connection.welcome(guest_running=guest_running)
         except MonitorError as error:
             self._executor.monitor_error = error
         self.connection.tried.set()
-        if self.connection.phase is Phase.UP:
+        if self.connection.shows:
             await self._tell(DomainEvent.CONNECTED)
+        else:
+            self._next_welcome = self._shared.clock.monotonic() + WELCOME_S
 
     async def _tell(self, event: DomainEvent) -> None:
         try:
@@ -254,8 +266,12 @@ class Actor:
             self._shared.known.recorded(uses)
 
     async def _serve_inbox(self) -> None:
-        """Serve those who wait, until a look at the jobs is due."""
-        while self._inbox:
+        """Serve those who wait, until a look at the jobs is due.
+
+        Once the actor takes no more requests, what waits behind is not served either: a domain that was forgotten in
+        between has no place for a new job.
+        """
+        while self._inbox and not self._stopping:
             request = self._inbox.popleft()
             try:
                 answer = await request.run()
@@ -285,7 +301,7 @@ class Actor:
         unfinished = jobs_on(disk, self.jobs)
         marks = await self._shared.journal.invalid_marks(Image.of(layer) for layer in disk.layers)
         current = unfinished[0].id if unfinished else next(iter(disk.running_jobs), None)
-        return DiskView(disk=disk, valid=valid_layers(disk, marks), job=current)
+        return DiskView(disk=disk, valid=valid_layers(disk, marks, self.id), job=current)
 
     async def plan(self, kind: str, name: str, request: Any, *, exact: bool) -> Plan[Spec]:
         """What a job of that kind would do; raises `Refused` for the first check that fails."""

@@ -144,6 +144,11 @@ class MonitorConnection:
         """The runner, if QEMU answers there."""
         return None if self.phase is Phase.HUNG else self.runner
 
+    @property
+    def shows(self) -> bool:
+        """Whether the connection stands, and all that the domain shows was read over it."""
+        return self.phase is Phase.UP
+
     def state(self) -> DomainState:
         """The domain's state as it shows from here."""
         if self.phase is Phase.UP:

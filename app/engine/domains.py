@@ -129,11 +129,14 @@ class DomainDirectory:
             old = self.actors.get(id_)
             if registration.address is None and not registration.disks:
                 registration = replace(registration, address=self._discovered_at(id_))
+            if self._stopping:
+                raise Refused(SHUTTING_DOWN)
             await self._shared.journal.register(registration)
-            jobs: tuple[Job, ...] = ()
-            if old is not None:
-                await self._end(old)
+            if old is None:
+                jobs = await self._unfinished_of(id_)
+            else:
                 try:
+                    await self._end(old)
                     jobs = await self._unfinished_of(id_)
                 except BaseException:
                     self._revive_later(old, registration)
@@ -155,7 +158,7 @@ class DomainDirectory:
             async with self._alone(domain):
                 actor = self.find(domain)
                 try:
-                    await actor.call(lambda actor=actor: actor.retire(self._unregister))
+                    await actor.call(lambda actor=actor: actor.retire(self._shared.journal.unregister))
                 except ActorClosed:
                     if self._stopping:
                         raise Refused(SHUTTING_DOWN) from None
@@ -167,10 +170,6 @@ class DomainDirectory:
                     return
             # It has met a defect; what it has to say about its jobs is known once it is started anew.
             await asyncio.sleep(REVIVE_S)
-
-    async def _unregister(self, domain: str) -> None:
-        await self._shared.journal.unregister(domain)
-        await self._shared.journal.forget_uses(domain)
 
     def _discovered_at(self, domain: str) -> Address | None:
         path = self._discovery.path_of(domain)
@@ -193,7 +192,7 @@ class DomainDirectory:
 
     def _revive_later(self, actor: Actor, registration: Registration) -> None:
         if not self._stopping:
-            self._changes[actor.id] = asyncio.create_task(self._revive(actor, registration))
+            self._changes[f"revive {actor.id}"] = asyncio.create_task(self._revive(actor, registration))
 
     async def _revive(self, actor: Actor, registration: Registration) -> None:
         """Start an actor anew that met a defect: its jobs are in the journal and in QEMU."""
@@ -209,7 +208,7 @@ class DomainDirectory:
                 else:
                     return
         finally:
-            self._changes.pop(actor.id, None)
+            self._changes.pop(f"revive {actor.id}", None)
 
     async def _end(self, actor: Actor) -> None:
         actor.stop()
@@ -250,7 +249,8 @@ class DomainDirectory:
                 actor = self.actors.get(id_)
                 if id_ in found and actor is None and id_ not in self._forgotten:
                     registration = Registration(id=id_, address=Address(unix=found[id_]), discovered=True)
-                    await self._tell(DomainEvent.ADDED, self._launch(registration, ()))
+                    actor = self._launch(registration, await self._unfinished_of(id_))
+                    await self._tell(DomainEvent.ADDED, actor)
                 elif id_ not in found and actor is not None and actor.registration.discovered:
                     with suppress(Refused, ActorClosed):
                         await actor.call(actor.retire)

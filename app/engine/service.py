@@ -167,7 +167,10 @@ class Service:
         job = await self.job(job_id)
         if job.domain in self._domains.actors:
             return await self._domains.call(job.domain, lambda actor: actor.steer(job_id, event))
-        # Its domain is forgotten, so the job has ended: what a step says of it needs no monitor.
+        if not job.ended:
+            detail = f"the domain {job.domain} of the job {job_id} is not known now; register it"
+            raise Refused(Problem(code=Code.MONITOR_UNREACHABLE, detail=detail))
+        # Its domain is forgotten: what a step says of a job that has ended needs no monitor.
         following = step(job, event, self._shared.clock.now())
         if following.versions:
             await self._shared.journal.store(following.versions, marks=mark_change(job.data_state, following.job))

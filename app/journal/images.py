@@ -21,6 +21,7 @@ from app.core.images import (
     JobClaims,
     find_conflict,
     may_be_same,
+    one_view,
 )
 from app.engine.ports.journal import JobConflict
 from app.engine.ports.uses import DiskUses, MarkChange
@@ -115,7 +116,7 @@ def refuse_conflicts(connection: sqlite3.Connection, mine: JobClaims) -> None:
 
 def _rivals(connection: sqlite3.Connection, claims: Iterable[Claim]) -> Sequence[JobClaims]:
     """The jobs that have claims on what may be the same, with these claims; the oldest job first."""
-    found: set[tuple[int, str, str | None, Claim]] = set()
+    found: set[tuple[int, str, str | None, str, Claim]] = set()
     for claim in claims:
         if isinstance(claim.resource, DiskChain):
             condition = "claims.domain = :domain AND claims.disk = :disk"
@@ -123,17 +124,17 @@ def _rivals(connection: sqlite3.Connection, claims: Iterable[Claim]) -> Sequence
         else:
             condition, values = _SAME, _values(claim.resource)
         rows = connection.execute(
-            "SELECT jobs.seq, job_id, parent, access, claims.domain, claims.disk, path, dev, ino, rdev"  # noqa: S608
+            "SELECT jobs.seq, job_id, parent, jobs.domain, access, claims.domain, claims.disk, path, dev, ino, rdev"  # noqa: S608
             f" FROM claims JOIN jobs ON jobs.id = job_id WHERE {condition}",
             values,
         )
-        for seq, job_id, parent, access, domain, disk, *image in rows:
+        for seq, job_id, parent, of, access, domain, disk, *image in rows:
             resource = image_of(*image) if disk is None else DiskChain(domain, disk)
-            found.add((seq, job_id, parent, Claim(resource, Access(access))))
-    ordered = sorted(found, key=lambda row: (row[0], repr(row[3])))
+            found.add((seq, job_id, parent, of, Claim(resource, Access(access))))
+    ordered = sorted(found, key=lambda row: (row[0], repr(row[-1])))
     return [
-        JobClaims(job_id=job_id, parent=parent, claims=tuple(claim for *_, claim in rows))
-        for (_, job_id, parent), rows in groupby(ordered, key=lambda row: row[:3])
+        JobClaims(job_id=job_id, domain=of, parent=parent, claims=tuple(claim for *_, claim in rows))
+        for (_, job_id, parent, of), rows in groupby(ordered, key=lambda row: row[:4])
     ]
 
 
@@ -145,7 +146,7 @@ def change_marks(connection: sqlite3.Connection, change: MarkChange) -> None:
     for image in change.remove:
         connection.executemany(
             "DELETE FROM invalid_marks WHERE job_id = ? AND path = ?",
-            [(mark.job_id, mark.image.path) for mark in _marks(connection, image)],
+            [(mark.job_id, mark.image.path) for mark in _marks(connection, image, change.domain)],
         )
     connection.executemany(
         "INSERT OR REPLACE INTO invalid_marks (job_id, path, dev, ino, rdev, domain, reason)"
@@ -160,7 +161,7 @@ def marks_of(connection: sqlite3.Connection, images: Iterable[Image]) -> Sequenc
     return [mark for _, mark in sorted(found.items())]
 
 
-def _marks(connection: sqlite3.Connection, image: Image) -> list[InvalidMark]:
+def _marks(connection: sqlite3.Connection, image: Image, domain: str | None = None) -> list[InvalidMark]:
     rows = connection.execute(
         f"SELECT job_id, domain, reason, path, dev, ino, rdev FROM invalid_marks WHERE {_SAME}",  # noqa: S608
         _values(image),
@@ -169,4 +170,4 @@ def _marks(connection: sqlite3.Connection, image: Image) -> list[InvalidMark]:
         InvalidMark(image=image_of(*known), job_id=job_id, domain=domain, reason=InvalidReason(reason))
         for job_id, domain, reason, *known in rows
     ]
-    return [mark for mark in marks if may_be_same(mark.image, image)]
+    return [mark for mark in marks if may_be_same(mark.image, image, one_view=one_view(domain, mark.domain))]

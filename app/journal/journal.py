@@ -150,17 +150,18 @@ class SqliteJournal:
         )
 
     async def unregister(self, domain: str) -> None:
-        """Forget a registration; one that is not there is no error. What its disks use is kept."""
-        await self.execute("DELETE FROM domains WHERE id = ?", (domain,))
+        """Forget a registration, and the uses of images by its disks; a domain that is not there is no error."""
+
+        def work(writing: Transaction) -> None:
+            writing.connection.execute("DELETE FROM domains WHERE id = ?", (domain,))
+            writing.connection.execute("DELETE FROM image_uses WHERE domain = ?", (domain,))
+
+        await self.write(work)
 
     async def record_uses(self, domain: str, disks: Mapping[str, Sequence[ImageUse]]) -> None:
         """Keep what the chains of these disks were read to be, in place of what was known of them."""
         named = {(domain, disk): uses for disk, uses in disks.items()}
         await self.write(lambda writing: replace_uses(writing.connection, named))
-
-    async def forget_uses(self, domain: str) -> None:
-        """Forget all uses by a domain's disks."""
-        await self.execute("DELETE FROM image_uses WHERE domain = ?", (domain,))
 
     async def change_marks(self, change: MarkChange) -> None:
         """Set and end marks where no job changes."""

@@ -52,7 +52,7 @@ class Transaction:
         ((parent,),) = self.connection.execute(
             "INSERT INTO jobs (id, body) VALUES (?, ?) RETURNING parent", (job.id, encode_job(job))
         ).fetchall()
-        refuse_conflicts(self.connection, JobClaims(job_id=job.id, parent=parent, claims=new.claims))
+        refuse_conflicts(self.connection, JobClaims(job_id=job.id, domain=job.domain, parent=parent, claims=new.claims))
         add_claims(self.connection, job.id, new.claims)
         if new.callback is not None:
             # Before the events, which are for it already.

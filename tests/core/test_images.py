@@ -264,3 +264,13 @@ def test_a_mark_belongs_to_the_image() -> None:
 
     chain = disk(layer("/top", 1), layer("/link", 10), layer("/a", None), layer("/a", 11), layer("/b", None))
     assert valid_layers(chain, [mark]) == (True, False, False, True, True)
+
+
+def test_equal_paths_of_two_domains_exclude_nobody() -> None:
+    """QEMUs on other hosts, or in other containers, have other files under one path; a file that is seen is one."""
+    unseen, seen = Claim(Image("/data/base"), Access.WRITE), Claim(Image("/data/base", (1, 2)), Access.WRITE)
+    for mine, theirs, excluded in ((unseen, unseen, False), (seen, unseen, False), (seen, seen, True)):
+        one = JobClaims(job_id="bj-1", domain="web1", claims=(mine,))
+        other = JobClaims(job_id="bj-2", domain="web2", claims=(theirs,))
+        assert (find_conflict(one, [other]) is not None) is excluded
+        assert find_conflict(one, [JobClaims(job_id="bj-3", domain="web1", claims=(theirs,))]) is not None

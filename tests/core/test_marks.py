@@ -48,9 +48,13 @@ def test_a_step_that_changes_no_data_changes_no_mark(job: Job) -> None:
 
 def test_what_is_merged_after_all_is_marked_no_more() -> None:
     """The merged images have left the chain; a verdict of a person on a lost job counts as the merge."""
-    assert mark_change(DataState.BASE_MODIFIED, ended(intermediate_job(), merged=True)) == MarkChange(remove=MIXED)
+    assert mark_change(DataState.BASE_MODIFIED, ended(intermediate_job(), merged=True)) == MarkChange(
+        remove=MIXED, domain="web1"
+    )
     judged = ended(active_job(), merged=False, resolved=Resolution(by="ada", at=5))
-    assert mark_change(DataState.BASE_MODIFIED, judged) == MarkChange(remove=MIXED)
+    # Of the active layer the base has all: it is right again, whatever had been written below it before.
+    with_base = (*MIXED, Image(FILES[3]))
+    assert mark_change(DataState.BASE_MODIFIED, judged) == MarkChange(remove=with_base, domain="web1")
 
 
 def test_a_kept_overlay_keeps_the_marks() -> None:
@@ -65,3 +69,21 @@ def test_a_job_between_two_layers_leaves_none_mixed() -> None:
     """A merge of the active layer into the one right below has no layer in between."""
     job = active_job("shallow")
     assert mark_change(DataState.UNTOUCHED, replace(job, data_state=DataState.BASE_MODIFIED)) is None
+
+
+def test_an_active_layer_that_was_a_mixture_before_is_right() -> None:
+    """After a pivot the guest reads the base, and what the guest reads is right, marked or not."""
+    marks = mark_change(DataState.UNTOUCHED, replace(active_job(), data_state=DataState.BASE_MODIFIED))
+    assert marks is not None
+    assert valid_layers(disk(*LAYERS[2:]), marks.add) == (True, True)
+
+
+def test_a_mark_of_an_image_that_nobody_can_see_is_the_domains_own() -> None:
+    """Another domain may have another file under the same path; a file that both see is one file."""
+    marks = mark_change(DataState.UNTOUCHED, replace(active_job(), data_state=DataState.BASE_MODIFIED))
+    assert marks is not None
+    assert valid_layers(disk(), marks.add, "web1") == (True, False, False, True)
+    assert valid_layers(disk(), marks.add, "web2") == (True,) * 4
+    seen = tuple(replace(mark, image=Image(mark.image.path, (1, 7))) for mark in marks.add)
+    below = replace(LAYERS[1], file="/mnt/other", identity=(1, 7))
+    assert valid_layers(disk(LAYERS[0], below), seen, "web2") == (True, False)

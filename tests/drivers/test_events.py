@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from app.core.errors import CANCELED
 from app.core.job import Progress
 from app.core.machine.inputs import Observed
-from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS, STOPS, Events
+from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS, STOPS, QmpEvents
 from app.engine.ports.driver import Address
 
 ENDED: dict[str, Any] = {"device": "bj-1", "len": 8, "offset": 5, "speed": 0, "type": "commit"}
@@ -21,7 +21,7 @@ class Taken:
 
     def __init__(self) -> None:
         self.hints = 0
-        self.events = Events(Address(unix="/run/vm.qmp"), self._hint)
+        self.events = QmpEvents(Address(unix="/run/vm.qmp"), self._hint)
 
     def _hint(self) -> None:
         self.hints += 1

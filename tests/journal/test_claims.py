@@ -67,7 +67,7 @@ def give_parents(monkeypatch: pytest.MonkeyPatch, parents: Mapping[str, str]) ->
 )
 def test_claims_decide(tmp_path: Path, mine: tuple[Claim, ...], theirs: tuple[Claim, ...], excluded: bool) -> None:
     """Over restarts, and on whichever disks: a job is refused by the claims of an unfinished one until that ends."""
-    first, second = make_job("bj-1"), make_job("bj-2", domain="web2", disk="vdb")
+    first, second = make_job("bj-1"), make_job("bj-2", disk="vdb")
     run(tmp_path, lambda journal: journal.add_jobs([new(first, *theirs)]))
 
     async def story(journal: SqliteJournal) -> None:

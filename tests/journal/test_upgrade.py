@@ -89,7 +89,7 @@ def test_an_upgraded_file_has_the_schema_of_a_new_one(old: Path, tmp_path: Path)
 
 
 def test_unfinished_jobs_have_claims(old: Path) -> None:
-    """Each on its disk's chain, as before, and on the images: also from another domain nobody gets in its way."""
+    """Each on its disk's chain, as before, and on the images, by paths of its own domain and by identity from any."""
     unfinished = {id_ for (id_,) in rows(old, "SELECT id FROM jobs WHERE ended = 0")}
 
     async def story(journal: SqliteJournal) -> None:
@@ -105,13 +105,13 @@ def test_unfinished_jobs_have_claims(old: Path) -> None:
             (Image("/images/web1/vdc/s1.qcow2"), "bj-running"),
         ):
             with pytest.raises(JobConflict) as conflict:
-                await journal.add_jobs([new(make_job("bj-9", domain="db9"), Claim(image, Access.READ))])
+                await journal.add_jobs([new(make_job("bj-9", disk="vdz"), Claim(image, Access.READ))])
             assert conflict.value.job_id == job_id
         # Below bj-running's base nothing is changed.
         below = claim("/images/web1/vdc/base.qcow2", access=Access.READ)
-        await journal.add_jobs([new(make_job("bj-9", domain="db9"), *below)])
+        await journal.add_jobs([new(make_job("bj-9", disk="vdz"), *below)])
         with pytest.raises(JobConflict):
-            await journal.add_jobs([new(make_job("bj-10", domain="db8"), *claim("/images/web1/vdc/base.qcow2"))])
+            await journal.add_jobs([new(make_job("bj-10", disk="vdy"), *claim("/images/web1/vdc/base.qcow2"))])
 
     run(old, story)
 
@@ -198,7 +198,7 @@ def test_numbers_of_64_bits_survive(old: Path) -> None:
         assert conflict.value.job_id == "bj-queued"
         # The rest of the chain has no identities in this body.
         with pytest.raises(JobConflict):
-            await journal.add_jobs([new(make_job("bj-9", domain="db9"), *claim("/images/web1/vda/base.qcow2"))])
+            await journal.add_jobs([new(make_job("bj-9", disk="vdz"), *claim("/images/web1/vda/base.qcow2"))])
 
     run(old, story)
 

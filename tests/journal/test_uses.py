@@ -77,16 +77,16 @@ def test_a_use_of_another_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_uses_stay_until_their_domain_is_forgotten(tmp_path: Path) -> None:
-    """Neither retention nor a registration that ends takes them away."""
+    """Retention does not take them away, nor does another registration; they end with the domain's, all at once."""
 
     async def story(journal: SqliteJournal) -> None:
         await journal.register(Registration(id="web1"))
         await journal.record_uses("web1", {"vda": uses(ACTIVE)})
         await journal.record_uses("db1", {"vda": uses(BASE, domain="db1")})
-        await journal.unregister("web1")
+        await journal.register(Registration(id="web1", allow_managed=True))
         await journal.prune(DAY)
         assert len(await journal.uses()) == 2
-        await journal.forget_uses("web1")
+        await journal.unregister("web1")
         assert await journal.uses() == list(uses(BASE, domain="db1"))
 
     run(tmp_path, story)

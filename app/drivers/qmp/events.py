@@ -36,7 +36,7 @@ FINAL_REPORTS_MAX: Final = 256
 """How many jobs' ends are kept; the oldest are let go first."""
 
 
-class Events:
+class QmpEvents:
     """The events of one connection; `hint` is called when it is time to look.
 
     `final_reports` are how jobs ended, by id.

@@ -21,7 +21,7 @@ from app.core.orphan import OrphanJob
 from app.drivers.qmp import graph, replies
 from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
-from app.drivers.qmp.events import Events
+from app.drivers.qmp.events import QmpEvents
 from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts
 from app.hostfs.identity import with_files
 from app.hostfs.process import alive, folder_of, start_time
@@ -68,7 +68,7 @@ no child any more.
 class QmpRunner:
     """The `Runner` port over a QMP connection."""
 
-    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: Events) -> None:
+    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: QmpEvents) -> None:
         self.facts = facts
         self._connection = connection
         self._commands = commands
@@ -278,7 +278,7 @@ class QmpDriver:
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
         """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
-        events = Events(address, hint)
+        events = QmpEvents(address, hint)
         connection = await Connection.open(address, self._timeout, events.take, hint)
         try:
             commands = await connection.ask(replies.COMMANDS)

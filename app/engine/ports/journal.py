@@ -171,7 +171,7 @@ class Journal(ImageRecords, Protocol):
         ...
 
     async def unregister(self, domain: str) -> None:
-        """Forget a registration."""
+        """Forget a registration, and all uses of images by the domain's disks."""
         ...
 
     async def prune(self, before: int) -> None:

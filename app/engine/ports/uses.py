@@ -21,10 +21,6 @@ class ImageRecords(Protocol):
         """Keep what the chains of these disks were read to be, in place of what was known of them."""
         ...
 
-    async def forget_uses(self, domain: str) -> None:
-        """Forget all uses by a domain's disks: nobody has to care for its images any more."""
-        ...
-
     async def uses(self) -> Sequence[ImageUse]:
         """Every use, by domain, disk and place."""
         ...

@@ -45,7 +45,9 @@ class _AlteredDriver:
         return _Altered(await self._inner.connect(*arguments), self._altered)
 
 
-def _with_runner(**altered: Any) -> Mutant:
+def with_runner(**altered: Any) -> Mutant:
+    """The engine on runners of which these calls are others; each is handed the real runner first."""
+
     def wrap(shared: Shared) -> None:
         shared.drivers = {
             name: cast("Driver", _AlteredDriver(driver, altered)) for name, driver in shared.drivers.items()
@@ -62,7 +64,7 @@ async def _dismiss_only(runner: Any, job_id: str, _nodes: Sequence[str] = ()) ->
     await runner.conclude(job_id)
 
 
-UNFLUSHED: Final = _with_runner(flush=_nothing)
+UNFLUSHED: Final = with_runner(flush=_nothing)
 """A merge below the active layer is finalized before its data is on the disk."""
 
 
@@ -81,7 +83,7 @@ class _Hasty(DomainDirectory):
         actor = self.find(domain)
         if actor.jobs:
             raise Refused(Problem(code=Code.JOB_CONFLICT, detail=actor.jobs[0].id))
-        await self._unregister(domain)
+        await self._shared.journal.unregister(domain)
         self._forgotten.add(domain)
         await self._remove(actor)
 
@@ -106,5 +108,5 @@ UNLOCKED: Final = Mutant(directory=_Unlocked)
 HASTY: Final = Mutant(directory=_Hasty)
 GREEDY: Final = Mutant(directory=_Greedy)
 
-NODES_KEPT: Final = _with_runner(conclude=_dismiss_only)
+NODES_KEPT: Final = with_runner(conclude=_dismiss_only)
 """The nodes of merged layers stay in QEMU."""
