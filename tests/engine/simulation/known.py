@@ -55,12 +55,6 @@ KNOWN: Final = (
         invariants=frozenset({"free_places_are_used"}),
         bounds=Bounds(queue_s=10, after_trouble_s=12),
     ),
-    Defect(
-        name="pivot-by-others-and-a-kill",
-        hazards=NONE.also("foreign", "kills", "busy", "service_kills", "foreign_pivot_crash"),
-        seed=15,
-        invariants=frozenset({"unmerged_is_true"}),
-    ),
 )
 
 MUTANTS: Final = (
