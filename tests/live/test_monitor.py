@@ -599,10 +599,15 @@ def test_an_attempt_that_is_given_up(path: Path, qemu: Qemu) -> None:
             for _ in range(steps * 3):
                 await asyncio.sleep(0)
             attempt.cancel()
-            with suppress(asyncio.CancelledError):
+            # QEMU may still be answering the client before; whoever gets that for a greeting tries again, as actors do.
+            with suppress(asyncio.CancelledError, Unreachable):
                 await (await attempt).close()
-        async with connected(path) as monitor:
-            assert monitor.connected
+        for _ in range(3):
+            with suppress(Unreachable):
+                async with connected(path) as monitor:
+                    assert monitor.connected
+                    return
+        raise AssertionError("the monitor is not left to the next client")
 
     run(story())
 
