@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import Enum, auto
 from typing import TypeVar
 
@@ -29,11 +28,3 @@ def same(one: T | None, other: T | None) -> Sameness:
     if one is None or other is None:
         return Sameness.UNKNOWN
     return Sameness.SAME if one == other else Sameness.OTHER
-
-
-def all_same(parts: Iterable[Sameness]) -> Sameness:
-    """Whether all parts are the same: one other part settles it, and one unknown part leaves it open."""
-    found = set(parts)
-    if Sameness.OTHER in found:
-        return Sameness.OTHER
-    return Sameness.SAME if found == {Sameness.SAME} else Sameness.UNKNOWN

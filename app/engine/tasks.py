@@ -36,10 +36,6 @@ class Tasks:
         log.error("task died", task=name, exc_info=error)
         self._died[name] = repr(error)
 
-    def note_life(self, name: str) -> None:
-        """The task works again."""
-        self._died.pop(name, None)
-
     def _ended(self, task: asyncio.Task[None]) -> None:
         name = task.get_name()
         if self._running.get(name) is task:

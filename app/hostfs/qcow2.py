@@ -6,9 +6,9 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from app.core.headers import NAME_MAX
+
 MAGIC: Final = b"QFI\xfb"
-NAME_MAX: Final = 1023
-"""The longest backing file name, in bytes."""
 
 BACKING_FORMAT: Final = 0xE2792ACA
 """The header extension that names the format of the backing image."""

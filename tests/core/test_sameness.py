@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.sameness import Sameness, all_same, same
+from app.core.sameness import Sameness, same
 
 ANYTHING = st.one_of(st.none(), st.integers(0, 3))
 
@@ -16,14 +16,6 @@ def test_what_is_not_known_is_the_same_as_nothing(one: int | None, other: int | 
     assert (same(one, other) is Sameness.UNKNOWN) is not known
     if known:
         assert (same(one, other) is Sameness.SAME) is (one == other)
-
-
-@given(st.lists(st.sampled_from(Sameness)))
-def test_one_unknown_part_leaves_the_whole_open(parts: list[Sameness]) -> None:
-    """One other part settles that it is another; all parts have to be known for the same; no parts say nothing."""
-    found = all_same(parts)
-    assert (found is Sameness.OTHER) is (Sameness.OTHER in parts)
-    assert (found is Sameness.SAME) is (bool(parts) and all(part is Sameness.SAME for part in parts))
 
 
 @pytest.mark.parametrize("answer", Sameness)
