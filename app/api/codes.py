@@ -151,6 +151,54 @@ KINDS: Final[Mapping[Code, Kind]] = {
         409, "Base is shared", None, "Merge into a layer that nobody else has, or give up the other overlay first."
     ),
     Code.IMAGE_LOCKED: Kind(409, "Image is locked", None, "Stop the process that has the image open."),
+    Code.DOMAIN_MIGRATING: Kind(
+        409,
+        "Domain is being migrated",
+        "VIR_ERR_OPERATION_INVALID",
+        "Wait until the migration is over, and send the request to the QEMU that runs the guest then.",
+    ),
+    Code.NODE_IN_USE: Kind(
+        409, "Node is in use", "VIR_ERR_OPERATION_INVALID", "End the export, backup or filter that `detail` names."
+    ),
+    Code.IMAGE_READ_ONLY: Kind(
+        409,
+        "Image is read-only",
+        "VIR_ERR_OPERATION_INVALID",
+        "Let QEMU open the image for writing, then try again.",
+    ),
+    Code.IMAGE_CORRUPT: Kind(
+        409, "Image is corrupt", "VIR_ERR_OPERATION_INVALID", "Repair the image with `qemu-img check -r`, offline."
+    ),
+    Code.SIZES_UNSAFE: Kind(
+        409,
+        "Sizes are unsafe",
+        "VIR_ERR_OPERATION_INVALID",
+        "Choose other layers, or grow the short image first: QEMU would change what the guest reads.",
+    ),
+    Code.BASE_CANNOT_GROW: Kind(
+        409,
+        "Base can't grow",
+        "VIR_ERR_OPERATION_INVALID",
+        "Grow the base yourself to the size that `detail` names, then try again.",
+    ),
+    Code.OVERLAY_NOT_WRITABLE: Kind(
+        409,
+        "Overlay is not writable",
+        "VIR_ERR_OPERATION_INVALID",
+        "Give QEMU the right to write to the overlay, whose header has to change.",
+    ),
+    Code.BACKING_FILE_IMPOSSIBLE: Kind(
+        422,
+        "No name for the base",
+        "VIR_ERR_OPERATION_INVALID",
+        "Give `backing_file`, or attach the disk again under names that a header can hold.",
+    ),
+    Code.BACKING_FILE_WRONG: Kind(
+        422,
+        "Name does not lead to the base",
+        "VIR_ERR_INVALID_ARG",
+        "Give a name that leads from the overlay's folder to the base, or leave `backing_file` out.",
+    ),
     Code.INSUFFICIENT_STORAGE: Kind(
         507, "Insufficient storage", None, "Make `needed` bytes free, or merge fewer layers."
     ),
@@ -188,8 +236,14 @@ KINDS: Final[Mapping[Code, Kind]] = {
     Code.OUTCOME_UNKNOWN: Kind(
         502, "Outcome unknown", None, "Compare the disk's chain with the job's; `detail` says what is known."
     ),
+    Code.VERIFICATION_FAILED: Kind(
+        502,
+        "Verification failed",
+        None,
+        "Keep every image: the base does not show what the merged layers do. `detail` says where.",
+    ),
 }
-"""The meaning of every code. The last four codes only occur as the `error` of a job."""
+"""The meaning of every code. The last five codes only occur as the `error` of a job."""
 
 NOT_READY: Final = "not-ready"
 """The code of a failing `/readyz`. No request is refused with it, so `KINDS` has no row for it."""
@@ -228,7 +282,7 @@ def problems_page() -> str:
     lines += [
         f"| `{NOT_READY}` | 503 | Not ready | | Only from `/readyz`: `checks` names what fails, and why. |",
         "",
-        "`domain-gone`, `job-vanished`, `not-merged` and `outcome-unknown` are found as the `error`",
+        "`domain-gone`, `job-vanished`, `not-merged`, `outcome-unknown` and `verification-failed` are found as `error`",
         "of a job; the request for such a job is answered with 200, as the request itself did not fail.",
     ]
     return "\n".join(lines) + "\n"

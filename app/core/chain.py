@@ -25,6 +25,8 @@ class Layer:
     Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None.
     `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev).
     `folder` is the file's folder with symlinks resolved.
+    `name` is QEMU's own name of the image (`json:{…}` where a path alone does not say all), empty where QEMU was not
+    asked. `data_file` is the file that holds the data of an image whose own file holds none of it.
     `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
     (protocol node last), both as QEMU names them.
     """
@@ -40,6 +42,8 @@ class Layer:
     device: int | None = None
     folder: str | None = None
     cluster_size: int = 65536
+    name: str = ""
+    data_file: str | None = None
     filters: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
 

@@ -56,6 +56,15 @@ class Code(StrEnum):
     TEMPORARY_OVERLAY = "temporary-overlay"
     IMAGE_SHARED = "image-shared"
     IMAGE_LOCKED = "image-locked"
+    DOMAIN_MIGRATING = "domain-migrating"
+    NODE_IN_USE = "node-in-use"
+    IMAGE_READ_ONLY = "image-read-only"
+    IMAGE_CORRUPT = "image-corrupt"
+    SIZES_UNSAFE = "sizes-unsafe"
+    BASE_CANNOT_GROW = "base-cannot-grow"
+    OVERLAY_NOT_WRITABLE = "overlay-not-writable"
+    BACKING_FILE_IMPOSSIBLE = "backing-file-impossible"
+    BACKING_FILE_WRONG = "backing-file-wrong"
     INSUFFICIENT_STORAGE = "insufficient-storage"
     QEMU_ERROR = "qemu-error"
 
@@ -73,6 +82,7 @@ class Code(StrEnum):
     JOB_VANISHED = "job-vanished"
     NOT_MERGED = "not-merged"
     OUTCOME_UNKNOWN = "outcome-unknown"
+    VERIFICATION_FAILED = "verification-failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, cast
 
 from app.core.chain import Layer
 
 NAME_MAX: Final = 1023
 """The longest name that fits into a qcow2 header, in bytes (docs/interop/qcow2.txt)."""
+
+
+OPTIONLESS: Final = frozenset({"driver", "file", "backing", "filename", "node-name"})
+"""Members of a described image that say where it is, and nothing of how it is to be read."""
+
+PROTOCOLS: Final = frozenset({"file", "host_device"})
+"""The drivers of local files and devices (QAPI `BlockdevDriver`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What a backing string means by QEMU's rules.
+
+    `path` is the local file that it names, None where it names none (a network, a descriptor of QEMU's). `driver` is
+    the format that a `json:` string gives, None where it gives none. `options`: the string also says how the image is
+    to be read, as no plain path could.
+    """
+
+    path: str | None
+    driver: str | None = None
+    options: bool = False
+
+
+def meaning(string: str, *, overlay: str, folder: str | None = None) -> Meaning | None:
+    """What `string` means in the header of the image that QEMU has opened as `overlay`; None where nobody can tell.
+
+    The rules are those of block.c (bdrv_make_absolute_filename, path_has_protocol, path_combine). A relative path
+    starts from the folder of the overlay. What is behind `file:` and in `json:` starts from QEMU's own `folder`.
+    """
+    if string.startswith("json:"):
+        return _described(string.removeprefix("json:"), folder)
+    if not string.startswith("/") and ":" in string.split("/", 1)[0]:
+        rest = string.removeprefix("file:")
+        return Meaning(path=None) if rest == string else _local(rest, folder)
+    return _local(string, posixpath.dirname(overlay) if overlay.startswith("/") else None)
+
+
+def _local(path: str, folder: str | None) -> Meaning | None:
+    if not path or (folder is None and not path.startswith("/")):
+        return None
+    return Meaning(path=posixpath.join(folder or "/", path))
+
+
+def _described(text: str, folder: str | None) -> Meaning | None:
+    try:
+        found: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    of = cast("Mapping[str, object]", found)
+    # A protocol alone, or a format over one: as a member, or with its own members spelt with dots.
+    file = of.get("file")
+    if isinstance(file, dict):
+        carrier = cast("Mapping[str, object]", file)
+    elif "file.filename" in of or "file.driver" in of:
+        carrier = {key.removeprefix("file."): of[key] for key in of if key.startswith("file.")}
+    else:
+        carrier = of
+    path, protocol, driver = carrier.get("filename"), carrier.get("driver", "file"), of.get("driver")
+    if file is not None and carrier is of:
+        # It names a node, which only one QEMU has.
+        return None
+    if protocol not in PROTOCOLS:
+        return Meaning(path=None, options=True)
+    where = _local(path, folder) if isinstance(path, str) else None
+    if where is None or carrier is of:
+        return where
+    options = any(key not in OPTIONLESS and not key.startswith(("file.", "backing.")) for key in of)
+    return replace(where, driver=driver if isinstance(driver, str) else None, options=options)
 
 
 def header_name(overlay: Layer, below: Layer, *, relative: bool) -> str:

@@ -18,6 +18,10 @@ class DomainState(StrEnum):
 
     RUNNING = "running"
     PAUSED = "paused"
+    MIGRATING = "migrating"
+    """An outgoing migration runs, or has ended."""
+    INCOMING = "incoming"
+    """The guest has not arrived yet, or its images are inactive."""
     SHUTOFF = "shutoff"
     UNREACHABLE = "unreachable"
     BUSY = "busy"
