@@ -26,7 +26,9 @@ class Layer:
     `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev).
     `folder` is the file's folder with symlinks resolved.
     `name` is QEMU's own name of the image (`json:{…}` where a path alone does not say all), empty where QEMU was not
-    asked. `data_file` is the file that holds the data of an image whose own file holds none of it.
+    asked. `data_file` is the file that holds the data of an image whose own file holds none of it. `corrupt`,
+    `snapshots` (how many internal ones), `bitmaps` (the names of persistent ones) and `version_2` are what a qcow2
+    image says of itself. `read_only` says whether QEMU has it open for reading only.
     `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
     (protocol node last), both as QEMU names them.
     """
@@ -44,6 +46,11 @@ class Layer:
     cluster_size: int = 65536
     name: str = ""
     data_file: str | None = None
+    corrupt: bool = False
+    snapshots: int = 0
+    bitmaps: tuple[str, ...] = ()
+    version_2: bool = False
+    read_only: bool = False
     filters: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
 

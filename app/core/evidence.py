@@ -6,9 +6,10 @@ anything: it counts neither as "the same" nor as "not there". A kind of job judg
 
     piece              comes from                                         holds when
     QEMU's verdict     `concluded` seen, or its event heard, by us        the process is proven to have taken the job
-    the same process   pid and start time                                 both are known and equal
+    the same process   pid and start time, or the job's own id in it      known and equal; the id is our mark
     the graph          node-names and files of the same disk              read after the verdict
-    the header         the overlay's own header, resolved                 read after it was flushed
+    the header         the overlay's own header, resolved                 read after the verdict
+    heard to its end   a connection that QEMU itself ended                it had listed the job, no event was missed
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ class Evidence:
     """All that is known when a job is judged.
 
     `intent` and `pivot_asked` say what was asked of QEMU. `process` says whether the QEMU that answers is the one that
-    took the job, `ended` that the one that took it is known to have ended. `unplugged`: QEMU answers, and has no such
-    disk any more. `graph` and `header` are None where they were not read or could not be. `flushed`: QEMU has written
-    to the disk all that it changed, not only to its own cache.
+    took the job, `ended` that the one that took it is known to have ended. `watched`: it was heard until it ended, over
+    one connection, and never told that the job was about to take effect. `unplugged`: QEMU answers, and none of its
+    disks has a layer of the job. `graph` and `header` are None where they were not read or could not be. `flushed`:
+    QEMU has written to the disk all that it changed, not only to its own cache.
     """
 
     verdict: Verdict | None = None
@@ -90,6 +92,7 @@ class Evidence:
     pivot_asked: bool = False
     process: Sameness = Sameness.UNKNOWN
     ended: bool = False
+    watched: bool = False
     unplugged: bool = False
     graph: GraphReading | None = None
     header: HeaderReading | None = None
@@ -109,7 +112,8 @@ class Judgement:
     """What follows from the evidence; kept with the job, so that a restart goes on where it was.
 
     `data_state` is None where the evidence says nothing new of it. `merged`: the chain is the shorter one. `durable`:
-    what was merged is known to be on the disk, so that nothing else holds the only lasting copy. `because` says in
+    what was merged is proven to be on the disk, and no header leads to the merged images: nothing else holds the only
+    lasting copy. `because` says in
     words for a person what the outcome was read from.
     """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
-from app.core.chain import Layer
+from app.core.chain import Identity, Layer
 
 NAME_MAX: Final = 1023
 """The longest name that fits into a qcow2 header, in bytes (docs/interop/qcow2.txt)."""
@@ -33,6 +33,21 @@ class Meaning:
     path: str | None
     driver: str | None = None
     options: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeaderFacts:
+    """What the host says of names for the header of an overlay.
+
+    `named` are the files to which the names lead from there; a name that leads to no file that can be seen is None.
+    `room` is the most bytes that the header has for a name, None where it can't be read. `folder` is QEMU's working
+    directory, None where it can't be seen. `seen`: the service sees QEMU's process, and its files as that sees them.
+    """
+
+    named: Mapping[str, Identity | None] = field(default_factory=dict[str, "Identity | None"])
+    room: int | None = None
+    folder: str | None = None
+    seen: bool = False
 
 
 def meaning(string: str, *, overlay: str, folder: str | None = None) -> Meaning | None:
@@ -97,4 +112,6 @@ def relative_name(target: Layer, *, seen_from: Layer) -> str:
     """
     here = seen_from.folder or posixpath.dirname(seen_from.file)
     there = target.folder or posixpath.dirname(target.file)
-    return posixpath.relpath(posixpath.join(there, posixpath.basename(target.file)), here)
+    name = posixpath.relpath(posixpath.join(there, posixpath.basename(target.file)), here)
+    # What is in front of a colon would be a protocol (block.c: path_has_protocol).
+    return f"./{name}" if ":" in name.split("/", 1)[0] else name

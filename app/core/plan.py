@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from app.core.chain import Disk, Identity, Layer
+from app.core.headers import HeaderFacts
 from app.core.states import OnError, OnReady
 
 S = TypeVar("S", covariant=True)  # noqa: PLC0105 - one letter says it
@@ -17,12 +18,14 @@ class Inquiry:
     """What a plan has to know of the host.
 
     `written` is the layer that the job writes to, `read` those whose data it copies, topmost first. `to_delete` are the
-    files that the request would have deleted.
+    files that the request would have deleted. `names` are those that the header of `overlay` might get.
     """
 
     written: Layer
     read: tuple[Layer, ...]
     to_delete: Mapping[str, Identity | None] = field(default_factory=dict[str, "Identity | None"])
+    overlay: Layer | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Facts:
     new_bytes: int | None = None
     written_is_device: bool = False
     undeletable: Mapping[str, str] = field(default_factory=dict[str, str])
+    header: HeaderFacts = field(default_factory=HeaderFacts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

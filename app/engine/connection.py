@@ -131,6 +131,7 @@ class MonitorConnection:
         self._attempts = 0
         self._since = 0.0
         self._due = 0.0
+        self._last: Runner | None = None
         if registration.address is not None:
             self.error = self._unreachable("connecting")
 
@@ -183,6 +184,10 @@ class MonitorConnection:
         return self.is_gone(process) or (
             self.runner is not None and self.is_another(process) and not self.is_alive(process)
         )
+
+    def heard_to_the_end(self, runner: Runner, job_id: str) -> bool:
+        """Whether nothing came after what `runner` has heard: QEMU itself ended it, and the job was not at its end."""
+        return runner is self._last and runner.heard_to_the_end(job_id)
 
     def require(self) -> Runner:
         """The runner; raises `Refused` where QEMU can't be asked."""
@@ -294,7 +299,7 @@ class MonitorConnection:
             self.final_reports = dict(self.runner.final_reports)
             await self.runner.close()
         self._move(Signal.CUT)
-        self.runner = None
+        self._last, self.runner = self.runner, None
         self.error = self._unreachable(why)
         if self._clock.monotonic() < self._since + STABLE_AFTER_S:
             self._retry()

@@ -24,13 +24,17 @@ from app.core.machine.inputs import (
     Rejected,
 )
 from app.core.progress import Meter
+from app.core.sameness import Sameness
 from app.core.states import Command, State
 from app.engine.connection import MonitorConnection
-from app.engine.disks import DomainDisks, disk_of
+from app.engine.disks import DomainDisks, disk_of, disk_with
 from app.engine.ports.driver import Declined, MonitorError, Runner
 from app.engine.shared import Shared
 
 log = structlog.get_logger(__name__)
+
+HEADER_S: Final = 10.0
+"""Seconds for which a header is tried to be read, before a job is judged without it."""
 
 
 @dataclass(slots=True)
@@ -38,6 +42,8 @@ class LiveJob:
     """An unfinished job, and what is known of it only while the service runs.
 
     `planned_now`: its plan is of this moment. `flushed`: its data was on the disk when QEMU held it at `pending`.
+    `listed_by` is the connection over which QEMU has last shown that it has the job. `header_due` is until when its
+    header is tried to be read.
     `progress_due` is when its progress may be told next, `paused_since` since when it has been seen paused without a
     break, both on the clock's seconds.
     """
@@ -48,6 +54,15 @@ class LiveJob:
     meter: Meter = field(default_factory=Meter)
     progress_due: float = 0.0
     paused_since: float | None = None
+    listed_by: Runner | None = None
+    header_due: float | None = None
+
+    def sameness(self, runner: Runner | None, found: Sameness) -> Sameness:
+        """Whether who answers now took the job: over the connection that has shown the job, it is nobody else.
+
+        `found` is what the processes tell.
+        """
+        return Sameness.SAME if runner is not None and runner is self.listed_by else found
 
     def metered(self, seen: Observed, now: float) -> Observed:
         """What QEMU says, with the rate and the time left, and for how long the job has been seen paused."""
@@ -127,6 +142,7 @@ class Executor:
             await runner.start(job)
         except Declined as declined:
             return Rejected(declined.problem)
+        live.listed_by = runner
         return Accepted(runner.facts.process)
 
     async def _pivot(self, runner: Runner, job: Job, _live: LiveJob) -> Input:
@@ -156,28 +172,44 @@ class Executor:
     # The end ----------------------------------------------------------------------------------------------------------
 
     async def _gather(self, job: Job, live: LiveJob) -> Gathered | None:
-        """Read what the graph shows, or, where QEMU has ended or has no such disk any more, the images' headers."""
-        sameness = same_process(job.control.process, self._connection.process)
-        if job.control.verdict is Verdict.GONE or self._connection.has_ended(job.control.process):
-            return Gathered(Evidence(process=sameness, ended=True, header=await self._header(job)))
-        runner = self._usable
-        if runner is None:
+        """Read what the graph shows, and the header of the overlay; None where that has to be tried again."""
+        connection, process = self._connection, job.control.process
+        ended = connection.is_gone(process)
+        evidence = Evidence(
+            process=live.sameness(connection.runner, same_process(process, connection.process)),
+            ended=ended,
+            watched=ended and live.listed_by is not None and connection.heard_to_the_end(live.listed_by, job.id),
+        )
+        if job.control.verdict is not Verdict.GONE and not connection.has_ended(process):
+            runner = self._usable
+            if runner is None:
+                return None
+            disks = await self._disks.read()
+            disk = disk_of(job, disks) or disk_with(job, disks)
+            evidence = replace(evidence, unplugged=disk is None, graph=None if disk is None else _reading(disk))
+        evidence = replace(evidence, header=await self._header(job))
+        if evidence.header is None and self._awaits_header(job, live):
             return None
-        disk = disk_of(job, await self._disks.read())
-        if disk is None:
-            return Gathered(Evidence(process=sameness, unplugged=True, header=await self._header(job)))
-        evidence = Evidence(process=sameness, graph=_reading(disk))
-        # QEMU may have been told to finalize by somebody else, or by a service that has died since. A job that has not
-        # merged anything has nothing that would have to be on the disk.
-        flushed = live.flushed or kind_of(job.spec).prove(job.spec, evidence) is not Proof.MERGED
-        return Gathered(replace(evidence, flushed=flushed or await self._flushed(runner, job)))
+        if not ended and self._usable is not None and kind_of(job.spec).prove(job.spec, evidence) is Proof.MERGED:
+            # QEMU may have been told to finalize by somebody else, or by a service that has died since.
+            return Gathered(replace(evidence, flushed=live.flushed or await self._flushed(self._usable, job)))
+        return Gathered(replace(evidence, flushed=live.flushed or not kind_of(job.spec).flushes(job.spec)))
+
+    def _awaits_header(self, job: Job, live: LiveJob) -> bool:
+        """Whether a header that could be read before the job may still be read: an error now may pass."""
+        if kind_of(job.spec).header_file(job.spec) is None or not job.spec.header_seen:
+            return False
+        now = self._shared.clock.monotonic()
+        if live.header_due is None:
+            live.header_due = now + HEADER_S
+        return now < live.header_due
 
     async def _header(self, job: Job) -> HeaderReading | None:
         file = kind_of(job.spec).header_file(job.spec)
         if file is None:
             return None
-        found = await self._shared.images.backing_of(file, job.spec.disk.identity(file))
-        return None if found is None else HeaderReading(file=found[0], identity=found[1])
+        process = None if self._connection.has_ended(job.control.process) else job.control.process
+        return await self._shared.images.read_header(file, job.spec.disk.identity(file), process)
 
     async def _sees_as_qemu_did(self, job: Job) -> bool:
         """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
@@ -187,6 +219,14 @@ class Executor:
         file = job.base_file
         seen = await self._shared.images.identities([file], None)
         return file in seen and seen[file] == job.spec.disk.identity(file)
+
+    async def _header_is_on_the_disk(self, job: Job) -> bool:
+        """Whether the host may lose its power now: the old header, which names the merged images, would come back."""
+        file = kind_of(job.spec).header_file(job.spec)
+        if file is None:
+            return True
+        process = None if self._connection.has_ended(job.control.process) else job.control.process
+        return await self._shared.images.sync(file, job.spec.disk.identity(file), process)
 
     async def _clean_up(self, job: Job) -> CleanedUp | None:
         images, judgement = self._shared.images, job.control.judgement
@@ -207,7 +247,11 @@ class Executor:
             await runner.conclude(job.id, tidy.release)
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
-            chain = disk.files if disk else job.spec.disk.files
+            chain = disk.files if disk else tidy.chain
+        if tidy.to_delete and not await self._header_is_on_the_disk(job):
+            why = f"the new header of {job.overlay_file} is not known to be on the disk"
+            left = tuple(NotDeleted(file=file, reason=why) for file in tidy.to_delete)
+            tidy = replace(tidy, to_delete={}, not_deleted=tidy.not_deleted + left)
         if tidy.to_delete:
             await self._shared.known.refresh()
         if ended and tidy.to_delete and not await self._sees_as_qemu_did(job):

@@ -245,6 +245,7 @@ class DomainJobs:
         seen = dict(await runner.observe())
         for id_, live in self._live.items():
             if id_ in seen:
+                live.listed_by = runner
                 seen[id_] = replace(live.metered(seen[id_], now), process=process)
             elif id_ in runner.final_reports and live.job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.

@@ -8,6 +8,7 @@ from typing import Any
 
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
+from app.core.headers import HeaderFacts
 from app.core.job import Job
 from app.core.kinds import KINDS, Spec
 from app.core.plan import Facts, Inquiry, Plan
@@ -65,11 +66,12 @@ class Planner:
     async def _ask(self, disk: Disk, inquiry: Inquiry) -> Facts:
         images, process, file = self._shared.images, self._connection.process, inquiry.written.file
         await self._shared.known.refresh()
-        locked, free, is_device, undeletable = await asyncio.gather(
+        locked, free, is_device, undeletable, header = await asyncio.gather(
             images.locked(file, process),
             images.free_bytes(file, process),
             images.is_device(file, process),
             images.undeletable(inquiry.to_delete, process),
+            self._header(inquiry),
         )
         return Facts(
             shared_with=self._shared.known.base_user(self._registration.id, disk, inquiry.written),
@@ -77,7 +79,13 @@ class Planner:
             free=free,
             written_is_device=is_device,
             undeletable=undeletable,
+            header=header,
         )
+
+    async def _header(self, inquiry: Inquiry) -> HeaderFacts:
+        if inquiry.overlay is None:
+            return HeaderFacts()
+        return await self._shared.images.header_facts(inquiry.names, inquiry.overlay, self._connection.process)
 
     def _check_usable(self, kind: str) -> None:
         id_, facts = self._registration.id, self._connection.facts

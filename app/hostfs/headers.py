@@ -9,13 +9,17 @@ import errno
 import os
 import posixpath
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from app.core.chain import Disk, Identity, Layer
 from app.core.errors import Code, Problem, Refused
+from app.core.evidence import HeaderReading, Process
+from app.core.headers import HeaderFacts, meaning
 from app.hostfs import qcow2
 from app.hostfs.identity import identity_of
-from app.hostfs.process import stat_of
+from app.hostfs.process import as_seen_by, folder_of, stat_of
 from app.hostfs.roots import Roots
 
 HEADER: Final = 65536
@@ -25,17 +29,59 @@ DEPTH_MAX: Final = 1000
 """Layers of a chain that are followed."""
 
 
-def backing_of(overlay: str, identity: Identity, roots: Roots) -> tuple[str, Identity | None] | None:
-    """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
+def read_header(overlay: str, identity: Identity, process: Process | None, roots: Roots) -> HeaderReading | None:
+    """Where the header of an image leads, as it stands on the disk now; None where it can't be read or leads nowhere.
 
-    Returns None, too, if `overlay` now names another file than `identity`.
+    Returns None, too, if `overlay` now names another file than `identity`. Paths are those of the process.
     """
     try:
-        header = _header(overlay, roots, identity)
-    except (OSError, qcow2.NotQcow2):
+        header = _header_of(overlay, identity, process, roots)
+    except (OSError, ValueError):
         return None
-    below = _resolved(header.backing, overlay) if header.backing else None
-    return None if below is None else (below, identity_of(below, None))
+    if header.backing is None:
+        return None
+    means = meaning(header.backing, overlay=overlay, folder=_folder(process))
+    if means is None or means.path is None:
+        return HeaderReading(file=header.backing)
+    return HeaderReading(file=means.path, identity=identity_of(means.path, process))
+
+
+def header_facts(
+    names: Iterable[str], overlay: str, identity: Identity | None, process: Process | None, roots: Roots
+) -> HeaderFacts:
+    """Where each of the `names` would lead in the header of the overlay, and how much room that has."""
+    folder, room = _folder(process), None
+    if identity is not None:
+        with suppress(OSError, ValueError):
+            room = _header_of(overlay, identity, process, roots).room
+    named: dict[str, Identity | None] = {}
+    for name in names:
+        means = meaning(name, overlay=overlay, folder=folder)
+        named[name] = None if means is None or means.path is None else identity_of(means.path, process)
+    return HeaderFacts(named=named, room=room, folder=folder, seen=process is None or process.pid is not None)
+
+
+def _folder(process: Process | None) -> str | None:
+    return None if process is None or process.pid is None else folder_of(process)
+
+
+def sync(path: str, identity: Identity, process: Process | None, roots: Roots) -> bool:
+    """Have on the disk what anybody has written to the file; whether that was done."""
+    try:
+        file = _opened(as_seen_by(path, process), roots, identity)
+    except (OSError, ValueError):
+        return False
+    try:
+        os.fsync(file)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+def _header_of(path: str, identity: Identity, process: Process | None, roots: Roots) -> qcow2.Header:
+    return _header(as_seen_by(path, process), roots, identity)
 
 
 def offline_disk(name: str, image: str, roots: Roots) -> Disk:
@@ -57,20 +103,33 @@ def offline_disk(name: str, image: str, roots: Roots) -> Disk:
 
 
 def _header(path: str, roots: Roots, identity: Identity | None = None) -> qcow2.Header:
-    # A header may name anything; opening a pipe that nobody writes to would wait for ever.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = _opened(path, roots, identity)
     try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISBLK(found.st_mode):
-            raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
-        # The device's number is left out: a file system may have another one after the host has been restarted.
-        if identity is not None and found.st_ino != identity[1]:
-            raise OSError(errno.ESTALE, "another file of that name", path)
-        if not roots.hold(file):
-            raise PermissionError(errno.EPERM, "outside image_roots", path)
         return qcow2.parse(os.pread(file, HEADER, 0))
     finally:
         os.close(file)
+
+
+def _opened(path: str, roots: Roots, identity: Identity | None) -> int:
+    # A header may name anything; opening a pipe that nobody writes to would wait for ever.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _judge(file, path, roots, identity)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _judge(file: int, path: str, roots: Roots, identity: Identity | None) -> None:
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISBLK(found.st_mode):
+        raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+    # The device's number is left out: a file system may have another one after the host has been restarted.
+    if identity is not None and found.st_ino != identity[1]:
+        raise OSError(errno.ESTALE, "another file of that name", path)
+    if not roots.hold(file):
+        raise PermissionError(errno.EPERM, "outside image_roots", path)
 
 
 def _offline_layer(path: str, expected: str | None, roots: Roots) -> Layer:

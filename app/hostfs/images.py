@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from app.core.chain import Disk, Identity, Layer, NotDeleted
-from app.core.evidence import Process
+from app.core.evidence import HeaderReading, Process
+from app.core.headers import HeaderFacts
 from app.engine.ports.images import Measure
 from app.hostfs import allocation, deletion, headers, identity, locks
 from app.hostfs.roots import Roots
@@ -71,14 +72,28 @@ class LocalImages:
                 kept.append(NotDeleted(file=path, reason=reason))
         return tuple(deleted), tuple(kept)
 
-    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
-        """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
+    async def read_header(
+        self, overlay: str, identity: Identity | None, process: Process | None
+    ) -> HeaderReading | None:
+        """Where the header of an image leads, as it stands on the disk now; None where that can't be told.
 
         Returns None, too, if `overlay` now names another file than `identity`, or `identity` is not known.
         """
         if identity is None:
             return None
-        return await asyncio.to_thread(headers.backing_of, overlay, identity, self._roots)
+        return await asyncio.to_thread(headers.read_header, overlay, identity, process, self._roots)
+
+    async def sync(self, file: str, identity: Identity | None, process: Process | None) -> bool:
+        """Have on the disk what was written to a file; False where that can't be known to be so."""
+        if identity is None:
+            return False
+        return await asyncio.to_thread(headers.sync, file, identity, process, self._roots)
+
+    async def header_facts(self, names: Sequence[str], overlay: Layer, process: Process | None) -> HeaderFacts:
+        """Where each of the `names` would lead in the header of the overlay, and how much room that has."""
+        return await asyncio.to_thread(
+            headers.header_facts, names, overlay.file, overlay.identity, process, self._roots
+        )
 
     async def offline_disk(self, name: str, image: str) -> Disk:
         """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""

@@ -12,6 +12,7 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.evidence import Process
+from app.hostfs.opening import seen_from
 
 PIDFD_GETFD: Final = 438
 """The number of pidfd_getfd(2), for which Python has no function; it is the same on all of today's architectures."""
@@ -59,7 +60,11 @@ def as_seen_by(path: str, process: Process | None) -> str:
 
 def stat_of(path: str, process: Process | None) -> os.stat_result:
     """What the file system says of the file that the process calls `path`, links followed. Raises OSError."""
-    return os.stat(as_seen_by(path, process))
+    root = _other_root(process) if path.startswith("/") else None
+    if root is None:
+        return os.stat(path)
+    with seen_from(root, path) as file:
+        return os.fstat(file)
 
 
 def _other_root(process: Process | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,18 @@ MAGIC: Final = b"QFI\xfb"
 
 BACKING_FORMAT: Final = 0xE2792ACA
 """The header extension that names the format of the backing image."""
+
+FEATURES: Final = 0x6803F857
+"""The header extension that names the features."""
+
+FEATURES_SIZE: Final = 8 * 48
+"""Bytes of that one, as QEMU 7.2 to 10 write it: eight features."""
+
+FORMAT_MAX: Final = 16
+"""Bytes of the longest format's name that is written (`host_cdrom`), in whole units of eight."""
+
+HEADER_SIZE: Final = {2: 72, 3: 112}
+"""Bytes of the header itself, by version."""
 
 
 class NotQcow2(ValueError):
@@ -24,12 +37,13 @@ class Damaged(NotQcow2):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a chain needs of a header. Sizes in bytes."""
+    """What a chain needs of a header. Sizes in bytes; `room` is the most that a name of a backing image may take."""
 
     virtual_size: int
     cluster_size: int
     backing: str | None
     backing_format: str | None
+    room: int
 
 
 def parse(head: bytes) -> Header:
@@ -54,16 +68,35 @@ def parse(head: bytes) -> Header:
         cluster_size=1 << cluster_bits,
         backing=backing,
         backing_format=_backing_format(head, version),
+        room=_room(head, version, 1 << cluster_bits),
     )
 
 
-def _backing_format(head: bytes, version: int) -> str | None:
+def _extensions(head: bytes, version: int) -> Iterator[tuple[int, bytes]]:
     at = struct.unpack_from(">I", head, 100)[0] if version == 3 and len(head) >= 104 else 72
     while at + 8 <= len(head):
         kind, length = struct.unpack_from(">II", head, at)
         if kind == 0:
-            return None
-        if kind == BACKING_FORMAT:
-            return head[at + 8 : at + 8 + length].decode(errors="replace")
+            return
+        yield kind, head[at + 8 : at + 8 + length]
         at += 8 + (length + 7) // 8 * 8
-    return None
+
+
+def _backing_format(head: bytes, version: int) -> str | None:
+    found = next((data for kind, data in _extensions(head, version) if kind == BACKING_FORMAT), None)
+    return None if found is None else found.decode(errors="replace")
+
+
+def _room(head: bytes, version: int, cluster_size: int) -> int:
+    """What QEMU leaves of the first cluster for a name, when it writes the header anew.
+
+    It writes the extensions that are there, a table with the names of all features that it knows, the format of the
+    backing image, and an end marker (block/qcow2.c: qcow2_update_header).
+    """
+    kept = [(kind, len(data)) for kind, data in _extensions(head, version) if kind not in (BACKING_FORMAT, FEATURES)]
+    features = max([len(data) for kind, data in _extensions(head, version) if kind == FEATURES], default=0)
+    sizes = [length for _, length in kept] + [FORMAT_MAX, 0]
+    if version == 3:
+        sizes.append(max(features, FEATURES_SIZE))
+    taken = HEADER_SIZE[version] + sum(8 + (size + 7) // 8 * 8 for size in sizes)
+    return max(0, min(NAME_MAX, cluster_size - taken))

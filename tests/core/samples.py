@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Problem
-from app.core.evidence import Evidence, GraphReading, Process, Proof
+from app.core.evidence import Evidence, GraphReading, HeaderReading, Process, Proof
+from app.core.headers import HeaderFacts
 from app.core.job import Job, accept
 from app.core.kinds import commit
 from app.core.kinds.commit import CommitRequest, CommitSelection, CommitSpec
@@ -15,6 +16,7 @@ from app.core.machine.inputs import Gathered, Input
 from app.core.machine.step import Step
 from app.core.machine.table import start_job, step
 from app.core.plan import Facts, Plan
+from app.core.sameness import Sameness
 from app.core.states import OnError, OnReady
 
 GIB = 1 << 30
@@ -81,7 +83,7 @@ def selection(asked: CommitRequest, on: Disk | None = None) -> CommitSelection:
 
 def plan(asked: CommitRequest, on: Disk | None = None, facts: Facts | None = None) -> Plan[CommitSpec]:
     """The plan of a request that can be served."""
-    planned = commit.plan(selection(asked, on), facts or Facts(free=100 * GIB))
+    planned = commit.plan(selection(asked, on), facts or Facts(free=100 * GIB, header=HeaderFacts(room=1023)))
     assert isinstance(planned, Plan), planned
     return planned
 
@@ -108,10 +110,22 @@ def active_job(*flags: str, on_ready: OnReady = OnReady.WAIT, on_error: OnError 
 
 
 def shows(proof: Proof, *, flushed: bool = True) -> Gathered:
-    """A reading of the graph that proves this of any job above that merges into base."""
+    """A reading of the graph, and of the overlay's header, that proves this of any job above.
+
+    The process is the one that took the job, and whether it runs is left to the verdict.
+    """
     nodes = {Proof.MERGED: NODES[3:], Proof.UNCHANGED: NODES, Proof.UNKNOWN: ()}[proof]
     files = tuple(FILES[NODES.index(node)] for node in nodes)
-    return Gathered(Evidence(graph=GraphReading(nodes=nodes, files=files), flushed=flushed))
+    leads = {Proof.MERGED: FILES[3], Proof.UNCHANGED: FILES[1], Proof.UNKNOWN: None}[proof]
+    return Gathered(
+        Evidence(
+            graph=GraphReading(nodes=nodes, files=files),
+            header=None if leads is None else HeaderReading(file=leads),
+            process=Sameness.SAME,
+            ended=True,
+            flushed=flushed,
+        )
+    )
 
 
 class Story:

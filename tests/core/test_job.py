@@ -727,13 +727,22 @@ def outcome(job: Job, verdict: Verdict, proof: Proof, intent: Intent) -> tuple[S
 
 @pytest.mark.parametrize("intent", Intent)
 @pytest.mark.parametrize("verdict", [Verdict.FINE, Verdict.VANISHED, Verdict.GONE])
-@pytest.mark.parametrize("job", [active_job(), intermediate_job()])
-def test_a_chain_that_is_merged_is_completed_and_one_that_shows_nothing_is_lost(
-    job: Job, verdict: Verdict, intent: Intent
-) -> None:
-    """Without an error from QEMU the chain decides; where it can't be read or is another one, nobody knows."""
-    assert outcome(job, verdict, Proof.MERGED, intent) == (State.COMPLETED, None)
-    assert outcome(job, verdict, Proof.UNKNOWN, intent) == (State.LOST, Code.OUTCOME_UNKNOWN)
+def test_a_header_that_leads_to_the_base_proves_the_merge(verdict: Verdict, intent: Intent) -> None:
+    """Below the active layer the header has the last word; where nothing shows it, nobody knows."""
+    assert outcome(intermediate_job(), verdict, Proof.MERGED, intent) == (State.COMPLETED, None)
+    assert outcome(intermediate_job(), verdict, Proof.UNKNOWN, intent) == (State.LOST, Code.OUTCOME_UNKNOWN)
+
+
+@pytest.mark.parametrize("intent", Intent)
+@pytest.mark.parametrize("verdict", [Verdict.FINE, Verdict.VANISHED, Verdict.GONE])
+def test_a_chain_that_looks_like_a_pivot_proves_none(verdict: Verdict, intent: Intent) -> None:
+    """Of the active layer only QEMU's own verdict makes it one; `keep` asked for no pivot."""
+    proven = verdict is Verdict.FINE and intent is not Intent.KEEP
+    expected = (State.COMPLETED, None) if proven else (State.LOST, Code.OUTCOME_UNKNOWN)
+    assert outcome(active_job(), verdict, Proof.MERGED, intent) == expected
+    canceled = verdict is Verdict.FINE and intent in (Intent.ABORT, Intent.FORCE)
+    unknown = (State.CANCELED, None) if canceled else (State.LOST, Code.OUTCOME_UNKNOWN)
+    assert outcome(active_job(), verdict, Proof.UNKNOWN, intent) == unknown
 
 
 @pytest.mark.parametrize(
@@ -750,7 +759,9 @@ def test_a_chain_that_is_merged_is_completed_and_one_that_shows_nothing_is_lost(
         (active_job(), Verdict.VANISHED, Intent.FORCE, (State.CANCELED, None)),
         (active_job(), Verdict.VANISHED, Intent.KEEP, (State.LOST, Code.OUTCOME_UNKNOWN)),
         (intermediate_job(), Verdict.GONE, Intent.RUN, (State.FAILED, Code.DOMAIN_GONE)),
-        (active_job(), Verdict.GONE, Intent.ABORT, (State.FAILED, Code.DOMAIN_GONE)),
+        (intermediate_job(), Verdict.VANISHED, Intent.RUN, (State.FAILED, Code.JOB_VANISHED)),
+        (intermediate_job(), Verdict.VANISHED, Intent.ABORT, (State.CANCELED, None)),
+        (active_job(), Verdict.GONE, Intent.ABORT, (State.LOST, Code.OUTCOME_UNKNOWN)),
         (active_job(), Verdict.GONE, Intent.KEEP, (State.LOST, Code.OUTCOME_UNKNOWN)),
     ],
 )

@@ -107,7 +107,9 @@ def test_values_of_events() -> None:
     assert replies.event("BLOCK_JOB_COMPLETED", completed) == replies.JobEnded(
         id="bj-2", progress=Progress(current=5, end=4 << 20), error="No space left on device"
     )
-    assert replies.event("JOB_STATUS_CHANGE", {"status": "ready"}) == replies.JobStatusChanged(status="ready")
+    assert replies.event("JOB_STATUS_CHANGE", {"id": "bj-1", "status": "ready"}) == replies.JobStatusChanged(
+        id="bj-1", status="ready"
+    )
     assert replies.event("STOP", None) == replies.OtherEvent(name="STOP")
     assert replies.event("NEVER_HEARD_OF", [1, [2]]) == replies.OtherEvent(name="NEVER_HEARD_OF")
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from app.core.chain import Disk, Identity, NotDeleted
 from app.core.errors import Code, Refused
-from app.core.evidence import Process
+from app.core.evidence import HeaderReading, Process
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.headers import HEADER
@@ -432,7 +433,7 @@ def test_offline_disk_with_a_zero_byte_in_a_name(tmp_path: Path) -> None:
     image = create(tmp_path / "top", backing="aXb")
     image.write_bytes(image.read_bytes().replace(b"aXb", b"a\0b", 1))
     assert "zero byte" in refusal(image)
-    assert asyncio.run(IMAGES.backing_of(str(image), identity_of(image))) is None
+    assert asyncio.run(IMAGES.read_header(str(image), identity_of(image), None)) is None
 
 
 def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
@@ -455,24 +456,28 @@ def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
     assert len(disk_of(create(inside / "good.qcow2", backing="base.qcow2"), images).layers) == 2
 
 
-def test_backing_of(tmp_path: Path) -> None:
+def test_read_header(tmp_path: Path) -> None:
     """Where a header leads is told as a path; nothing is told where there is none or it can't be read."""
     base = create(tmp_path / "base.qcow2")
     relative = create(tmp_path / "top.qcow2", backing="./x/../base.qcow2")
     images = LocalImages((tmp_path,), 10)
 
-    def backing_of(image: Path, identity: Identity | None, reader: LocalImages = images) -> object:
-        return asyncio.run(reader.backing_of(str(image), identity))
+    def read(image: Path, identity: Identity | None, reader: LocalImages = images) -> object:
+        return asyncio.run(reader.read_header(str(image), identity, None))
 
     itself = identity_of(relative)
-    assert backing_of(relative, itself) == (str(base), identity_of(base))
-    assert backing_of(base, identity_of(base)) is None
-    assert backing_of(tmp_path / "none", itself) is None
-    assert backing_of(relative, itself, LocalImages((tmp_path / "else",), 10)) is None
+    leads = HeaderReading(file=f"{tmp_path}/./x/../base.qcow2")
+    assert read(relative, itself) == leads
+    (tmp_path / "x").mkdir()
+    leads = replace(leads, identity=identity_of(base))
+    assert read(relative, itself) == leads
+    assert read(base, identity_of(base)) is None
+    assert read(tmp_path / "none", itself) is None
+    assert read(relative, itself, LocalImages((tmp_path / "else",), 10)) is None
     # It is the file that was seen before, also if its file system has another number now, or it is not read.
-    assert backing_of(relative, (itself[0] + 1, itself[1])) == (str(base), identity_of(base))
+    assert read(relative, (itself[0] + 1, itself[1])) == leads
     for other in (identity_of(base), None):
-        assert backing_of(relative, other) is None
+        assert read(relative, other) is None
 
 
 def test_identities(tmp_path: Path) -> None:
@@ -520,11 +525,11 @@ def test_real_headers(tmp_path: Path, compat: str) -> None:
     image = tmp_path / "top.qcow2"
     create(image, 5 * MIB, "-o", f"compat={compat},cluster_size=4k", backing="bäse ☃.qcow2")
     assert qcow2.parse(image.read_bytes()[:HEADER]) == qcow2.Header(
-        virtual_size=5 * MIB, cluster_size=4096, backing="bäse ☃.qcow2", backing_format="qcow2"
+        virtual_size=5 * MIB, cluster_size=4096, backing="bäse ☃.qcow2", backing_format="qcow2", room=1023
     )
     plain = create(tmp_path / "plain.qcow2", MIB, "-o", f"compat={compat}")
     assert qcow2.parse(plain.read_bytes()[:HEADER]) == qcow2.Header(
-        virtual_size=MIB, cluster_size=65536, backing=None, backing_format=None
+        virtual_size=MIB, cluster_size=65536, backing=None, backing_format=None, room=1023
     )
 
 

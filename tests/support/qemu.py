@@ -20,6 +20,7 @@ class QmpError(Exception):
 class Qemu:
     """One QEMU process; `arguments` are its disks and devices. The guest does not run unless `run` is set.
 
+    `pass_fds` are descriptors that it inherits.
     `within` is a command that ends in becoming the one that follows it, as `unshare` does.
     """
 
@@ -33,6 +34,7 @@ class Qemu:
         cwd: Path | None = None,
         name: str | None = None,
         within: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.monitor = monitor
         self._own = monitor.with_suffix(".own")
@@ -43,7 +45,7 @@ class Qemu:
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
         # `write_guest` has it print figures.
         out, err = subprocess.DEVNULL, subprocess.PIPE
-        self.process = subprocess.Popen([*command, *arguments], cwd=cwd, stdout=out, stderr=err)
+        self.process = subprocess.Popen([*command, *arguments], cwd=cwd, stdout=out, stderr=err, pass_fds=pass_fds)
         self._socket: socket.socket | None = None
         self.events: list[dict[str, Any]] = []
         self._connect()

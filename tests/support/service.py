@@ -25,11 +25,22 @@ QUIET = 60
 
 
 class Service:
-    """The service on a unix socket in `folder`, with `folder/qmp` watched for domains; `build` is the module to run."""
+    """The service on a unix socket in `folder`, with `folder/qmp` watched for domains; `build` is the module to run.
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None, build: Sequence[str] = SERVE) -> None:
+    `within` is a command that runs the one that follows it, and ends with it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str] | None = None,
+        build: Sequence[str] = SERVE,
+        *,
+        within: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.build = build
+        self.within = within
         self.qmp_dir = folder / "qmp"
         self.state_dir = folder / "state"
         self.socket = folder / "api.sock"
@@ -69,7 +80,7 @@ class Service:
         )
         with (self.folder / "service.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *(build or self.build)], env=environ, stdout=log, stderr=log
+                [*self.within, sys.executable, "-m", *(build or self.build)], env=environ, stdout=log, stderr=log
             )
 
     def _listens(self) -> bool:
@@ -80,10 +91,18 @@ class Service:
     def stop(self) -> int:
         """SIGTERM, and its exit status."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
+        self._terminate()
         status = self.process.wait(10)
         self.process = None
         return status
+
+    def _terminate(self) -> None:
+        assert self.process is not None
+        pid = self.process.pid
+        if self.within and (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            # What it runs in waits for the service, and takes no signals for it.
+            pid = int(children[0])
+        os.kill(pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -180,7 +199,7 @@ class Service:
     ) -> None:
         self.client.close()
         if self.process is not None:
-            self.process.terminate()
+            self._terminate()
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:

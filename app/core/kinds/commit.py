@@ -31,9 +31,9 @@ from typing import Literal
 
 from app.core.chain import Disk, Identity, NotDeleted
 from app.core.errors import Code, Problem, invalid, invalid_together
-from app.core.evidence import Evidence, Judgement, Proof, Verdict
+from app.core.evidence import Evidence, Judgement, Proof
 from app.core.flags import bandwidth_in_bytes, flag_names, parse_flags
-from app.core.headers import NAME_MAX, header_name
+from app.core.headers import NAME_MAX
 from app.core.images import Access, Claim, DiskChain
 from app.core.kinds.base import Capabilities, CleanUp, DiskRecord, LayerRecord
 from app.core.kinds.layers import (
@@ -43,20 +43,17 @@ from app.core.kinds.layers import (
     base_below,
     demand_on,
     find_top,
-    growth_warnings,
-    no_room,
     nodes_to_release,
-    proof_of_graph,
-    proof_of_header,
     run_of_layers,
     temporary,
     unusable,
-    unwritable,
 )
-from app.core.kinds.outcome import judged
+from app.core.kinds.naming import header_string, proposals
+from app.core.kinds.outcome import chain_proof, judged
+from app.core.kinds.refusals import data_files, merge_warnings, no_room, unread_header, unwritable
 from app.core.orphan import OrphanJob
-from app.core.plan import Facts, Inquiry, Plan, PlanWarning, QemuCommand
-from app.core.states import DataState, Intent, JobType, OnError, OnReady, State
+from app.core.plan import Facts, Inquiry, Plan, QemuCommand
+from app.core.states import DataState, JobType, OnError, OnReady, State
 
 
 class CommitFlag(IntFlag):
@@ -216,31 +213,57 @@ def inquiry(selection: CommitSelection) -> Inquiry:
     """What has to be known of the host: the base is written to, the merged layers are read."""
     delete = CommitFlag.DELETE in selection.request.flags
     to_delete = {layer.file: layer.identity for layer in selection.merged if delete}
-    return Inquiry(written=selection.base, read=selection.merged, to_delete=to_delete)
+    return Inquiry(
+        written=selection.base,
+        read=selection.merged,
+        to_delete=to_delete,
+        overlay=selection.overlay,
+        names=_names(selection),
+    )
+
+
+def _names(selection: CommitSelection) -> tuple[str, ...]:
+    asked = selection.request
+    return proposals(selection, given=asked.backing_file, relative=CommitFlag.RELATIVE in asked.flags)
 
 
 def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem:
     """The plan, or the reason why the base can't take the data."""
+    header = unwritable(selection.base, facts) or _header(selection, facts)
+    if isinstance(header, Problem):
+        return header
+    planned = _planned(selection, facts, header)
+    return no_room(planned.demand, facts.free) or planned
+
+
+def _header(selection: CommitSelection, facts: Facts) -> str | Problem | None:
+    """What the header of the overlay will say; None where none is written."""
+    given = selection.request.backing_file is not None
+    names = _names(selection)
+    return header_string(selection, names, facts.header, given=given) if names else None
+
+
+def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Plan[CommitSpec]:
     base, top, request = selection.base, selection.top, selection.request
     size = max(base.virtual_size, top.virtual_size)
     demand = demand_on(base, selection.merged, facts, size=size, speed=request.bandwidth)
-    refused = unwritable(base, facts) or no_room(demand, facts.free)
-    if refused is not None:
-        return refused
     keep, files = request.on_ready is OnReady.KEEP, selection.disk.files
     invalidates = files[selection.top_index + keep : selection.base_index]
     delete = CommitFlag.DELETE in request.flags
-    undeletable = {file: why for file, why in facts.undeletable.items() if delete and file in invalidates}
+    undeletable = unread_header(selection, invalidates, facts) | facts.undeletable
+    undeletable = {file: why for file, why in undeletable.items() if delete and file in invalidates}
     spec = CommitSpec(
         disk=DiskRecord.of(selection.disk),
         top_index=selection.top_index,
         base_index=selection.base_index,
         flags=request.flags,
-        backing_file=_backing_file(selection),
+        backing_file=header,
+        header_seen=facts.header.room is not None,
         release=nodes_to_release(selection.disk, selection.top_index, selection.base_index),
         invalidates=invalidates,
         deletes=tuple(file for file in invalidates if file not in undeletable) if delete else (),
-        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in undeletable.items()),
+        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in undeletable.items())
+        + (data_files(selection) if delete else ()),
     )
     resize = top.virtual_size if top.virtual_size > base.virtual_size else None
     return Plan(
@@ -255,34 +278,9 @@ def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem
         demand=demand,
         free=facts.free,
         resizes_base_to=resize,
-        backing_file=spec.backing_file,
-        warnings=tuple(_warnings(selection, facts, demand.growth, resize, undeletable)),
+        backing_file=header,
+        warnings=tuple(merge_warnings(selection, facts, demand.growth, resize, undeletable)),
         command=command(spec, bandwidth=request.bandwidth, on_error=request.on_error),
-    )
-
-
-def _backing_file(selection: CommitSelection) -> str | None:
-    given, relative = selection.request.backing_file, CommitFlag.RELATIVE in selection.request.flags
-    overlay = selection.overlay
-    return None if overlay is None else given or header_name(overlay, selection.base, relative=relative)
-
-
-def _warnings(
-    selection: CommitSelection, facts: Facts, grown: int, resize: int | None, undeletable: Mapping[str, str]
-) -> list[PlanWarning]:
-    base, layers = selection.base, selection.disk.layers
-    filters = [name for layer in layers[selection.top_index + 1 : selection.base_index + 1] for name in layer.filters]
-    disk_grows = selection.active and base.virtual_size > layers[0].virtual_size
-    found = {
-        "base-resized": resize is not None and f"{base.file} becomes {resize} bytes, also if the job is aborted",
-        "disk-grows": disk_grows and f"after the pivot the guest sees a disk of {base.virtual_size} bytes",
-        "filters-dropped": filters and f"QEMU drops the filters between the layers: {', '.join(filters)}",
-    }
-    warnings = [PlanWarning(code=code, detail=str(detail)) for code, detail in found.items() if detail]
-    return (
-        growth_warnings(base, facts, grown)
-        + warnings
-        + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in undeletable.items()]
     )
 
 
@@ -302,10 +300,10 @@ def adopt(orphan: OrphanJob) -> Plan[CommitSpec] | None:
         return None
     disk, top_index, base_index = found
     asked = CommitRequest(bandwidth=orphan.speed, flags=CommitFlag(0) if top_index else CommitFlag.ACTIVE)
-    planned = plan(CommitSelection(disk=disk, request=asked, top_index=top_index, base_index=base_index), Facts())
-    # Without facts nothing speaks against the base, which QEMU is writing to anyway.
-    assert isinstance(planned, Plan)
-    return planned
+    # Nothing is asked: QEMU is writing to the base anyway, and has its string for the header.
+    return _planned(
+        CommitSelection(disk=disk, request=asked, top_index=top_index, base_index=base_index), Facts(), None
+    )
 
 
 # What an accepted commit is, and how it ends --------------------------------------------------------------------------
@@ -363,32 +361,21 @@ def header_file(spec: CommitSpec) -> str | None:
 
 
 def prove(spec: CommitSpec, evidence: Evidence) -> Proof:
-    """What the graph shows, or, where QEMU has no such disk any more, the header.
-
-    A pivot writes no header: after a pivot was asked for, the images alone prove nothing, even if an abort followed.
-    The images prove nothing either where QEMU concluded the job without error and nobody here had asked for an end:
-    another client has pivoted, or canceled gently.
-    """
-    if evidence.graph is not None:
-        return proof_of_graph(spec, evidence.graph.nodes)
-    if capabilities(spec).header_proves:
-        return proof_of_header(spec, evidence)
-    asked = evidence.pivot_asked or evidence.intent in (Intent.PIVOT, Intent.KEEP)
-    foreign_end = evidence.intent is Intent.RUN and evidence.verdict is Verdict.FINE
-    return Proof.UNKNOWN if evidence.unplugged or asked or foreign_end else Proof.UNCHANGED
+    """What QEMU's graph and the overlay's header show together."""
+    return chain_proof(spec, evidence, header_proves=capabilities(spec).header_proves)
 
 
 def judge(spec: CommitSpec, evidence: Evidence) -> Judgement:
     """The ending that QEMU's last word and the chain prove together."""
-    return judged(evidence, prove(spec, evidence), capabilities(spec))
+    return judged(spec, evidence, capabilities(spec))
 
 
 def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:
-    """After a merge: the nodes that QEMU keeps, and the files. Until the base is on the disk, the files stay."""
+    """After a merge: the nodes that QEMU keeps, and the files. What may be the only lasting copy stays."""
     before = spec.disk.files
     if judgement.state is not State.COMPLETED:
         return CleanUp(chain=before)
-    reason = "QEMU has not confirmed that all of the merged data is in the base on the disk"
+    reason = "it is not proven that the base on the disk has all of its data, and that no header names it"
     unsafe = () if judgement.durable else tuple(NotDeleted(file=file, reason=reason) for file in spec.deletes)
     return CleanUp(
         release=spec.release if judgement.merged else (),

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from app.core.chain import Disk, Identity, Layer
 from app.core.errors import Code, Problem
-from app.core.evidence import Evidence, Proof
+from app.core.evidence import GraphReading, HeaderReading, Proof
 from app.core.growth import growth
 from app.core.kinds.base import DiskRecord, LayerRecord
 from app.core.orphan import OrphanJob
-from app.core.plan import Demand, Facts, PlanWarning
+from app.core.plan import Demand, Facts
 from app.core.sameness import Sameness, same
 
 
@@ -52,11 +52,15 @@ class LayersSelection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersSpec:
-    """The same for a job that was accepted. `top_index` and `base_index` are positions in `disk.layers`."""
+    """The same for a job that was accepted. `top_index` and `base_index` are positions in `disk.layers`.
+
+    `header_seen`: the service could read the header of the layer above `top` then, so it has to be able to afterwards.
+    """
 
     disk: DiskRecord
     top_index: int
     base_index: int
+    header_seen: bool = False
 
     @property
     def active(self) -> bool:
@@ -173,49 +177,6 @@ def demand_on(target: Layer, read: Sequence[Layer], facts: Facts, *, size: int, 
     return Demand(file=target.file, growth=grown, copies=copied, speed=speed)
 
 
-def unwritable(target: Layer, facts: Facts) -> Problem | None:
-    """Why nothing may be written to a layer: somebody else needs its data, or holds it."""
-    if facts.shared_with is not None:
-        return Problem(
-            code=Code.IMAGE_SHARED,
-            detail=f"{target.file} is also a layer of {facts.shared_with}, whose data a merge into it would destroy",
-            extra={"file": target.file, "used_by": facts.shared_with},
-        )
-    if facts.locked:
-        return Problem(
-            code=Code.IMAGE_LOCKED,
-            detail=f"another process has {target.file} open; stop it, then try again",
-            extra={"file": target.file},
-        )
-    return None
-
-
-def no_room(demand: Demand, free: int | None) -> Problem | None:
-    """Why the file system can't take the demand; nothing is refused where its free space can't be seen."""
-    if free is None or demand.growth <= free:
-        return None
-    return Problem(
-        code=Code.INSUFFICIENT_STORAGE,
-        detail=f"{demand.file} may grow by {demand.growth} bytes, and its file system has {free} free; make space, "
-        "or merge fewer layers",
-        extra={"needed": demand.growth, "free": free},
-    )
-
-
-def growth_warnings(target: Layer, facts: Facts, grown: int) -> list[PlanWarning]:
-    """What the caller should know of the growth of a layer."""
-    found: list[PlanWarning] = []
-    if grown:
-        found.append(PlanWarning(code="base-grows", detail=f"{target.file} may grow by up to {grown} bytes"))
-    if facts.free is None and not facts.written_is_device:
-        detail = f"the service can't see the file system of {target.file}"
-        found.append(PlanWarning(code="free-unknown", detail=detail))
-    if facts.bytes_to_copy is None:
-        detail = "the images' maps were not read; the sizes are what the layers take on disk"
-        found.append(PlanWarning(code="size-estimated", detail=detail))
-    return found
-
-
 def run_of_layers(orphan: OrphanJob, merged: Sequence[str], base: str) -> tuple[Disk, int, int] | None:
     """The disk as it was before the job, and the positions of `top` and `base` in its chain; None where none tells.
 
@@ -251,33 +212,38 @@ def nodes_to_release(disk: Disk, top_index: int, base_index: int) -> tuple[str, 
 # Proving --------------------------------------------------------------------------------------------------------------
 
 
-def proof_of_graph(spec: LayersSpec, nodes: tuple[str, ...]) -> Proof:
-    """What the disk's chain in QEMU's graph, as node-names with the active layer first, says of the job.
+def proof_of_graph(spec: LayersSpec, graph: GraphReading) -> Proof:
+    """What the disk's chain in QEMU's graph says of the job.
 
     Other layers may have come on top meanwhile (a snapshot right after the merge), so only the job's own layers count:
-    merged, if those above the base are gone and the base is there; unchanged, if all are there in their order.
+    merged, if those above the base are gone and the base is there; unchanged, if all are there in their order. A node
+    of the same name with another file is another layer, and a merged file under another node's name is still there.
     """
+    nodes, seen = graph.nodes, dict(zip(graph.nodes, graph.identities, strict=False))
     merged, base = tuple(layer.node for layer in spec.merged), spec.base.node
-    if base not in nodes:
+    if base not in nodes or any(
+        same(seen.get(layer.node), layer.identity) is Sameness.OTHER for layer in (*spec.merged, spec.base)
+    ):
         return Proof.UNKNOWN
     if not set(merged) & set(nodes):
-        return Proof.MERGED
+        files = {layer.identity for layer in spec.merged if layer.identity is not None}
+        return Proof.UNKNOWN if files.intersection(graph.identities) else Proof.MERGED
     start = nodes.index(merged[0]) if merged[0] in nodes else 0
     return Proof.UNCHANGED if nodes[start : start + len(merged) + 1] == (*merged, base) else Proof.UNKNOWN
 
 
-def proof_of_header(spec: LayersSpec, evidence: Evidence) -> Proof:
+def proof_of_header(spec: LayersSpec, header: HeaderReading | None) -> Proof:
     """What the header of the layer above `top` says of the job: it leads to the base, or still to `top`.
 
-    A header may name a file in other ways than QEMU does (links, `..`).
+    A header may name a file in other ways than QEMU does (links, `..`). Names decide only where neither file was seen.
     """
-    header = evidence.header
     if header is None:
         return Proof.UNKNOWN
 
     def leads_to(layer: LayerRecord) -> bool:
-        found = same(header.identity, layer.identity) is Sameness.SAME
-        return found or os.path.normpath(header.file) == os.path.normpath(layer.file)
+        if header.identity is None and layer.identity is None:
+            return os.path.normpath(header.file) == os.path.normpath(layer.file)
+        return same(header.identity, layer.identity) is Sameness.SAME
 
     if leads_to(spec.base):
         return Proof.MERGED

@@ -50,6 +50,7 @@ class _Client(QMPClient):
     def __init__(self, sink: Sink) -> None:
         super().__init__(readbuflen=REPLY_MAX)
         self._sink = sink
+        self.heard_all = False
 
     async def _event_dispatch(self, msg: Message) -> None:
         self._sink(msg["event"], msg.get("data"))
@@ -59,8 +60,14 @@ class _Client(QMPClient):
 
         What ends without a line's end is no message: the peer has gone while it spoke.
         """
-        line = await self._readline()
+        try:
+            line = await self._readline()
+        except (EOFError, ConnectionResetError):
+            # The kernel hands over all that has come before it tells of a reset (unix(7), tcp(7)).
+            self.heard_all = True
+            raise
         if not line.endswith(b"\n"):
+            self.heard_all = True
             raise EOFError
         try:
             return Message(line, eager=True)
@@ -86,7 +93,7 @@ class Connection:
 
     def __init__(
         self,
-        client: QMPClient,
+        client: _Client,
         version: replies.Version,
         pid: int | None,
         patience: float,
@@ -142,6 +149,11 @@ class Connection:
     def connected(self) -> bool:
         """Whether the connection stands."""
         return self._client.runstate is Runstate.RUNNING
+
+    @property
+    def heard_all(self) -> bool:
+        """Whether the peer has ended the connection, and all that it sent before was taken in."""
+        return self._client.heard_all
 
     async def ask(self, query: Query[T], arguments: Mapping[str, object] | None = None) -> T:
         """What a query's reply says; raises as `execute` does, and `MalformedReply`."""

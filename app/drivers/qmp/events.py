@@ -32,6 +32,12 @@ HINTS: Final = frozenset(
 STOPS: Final = frozenset({"paused", "ready", "standby", "pending", "concluded", "null"})
 """Statuses of a job (QAPI `JobStatus`) at which there may be something to do. It leaves the others by itself."""
 
+LEAVING: Final = frozenset({"waiting", "pending"})
+"""Statuses of a job that is about to take effect: of a merge of the active layer, by a pivot."""
+
+LEAVING_MAX: Final = 4096
+"""How many of them are remembered; beyond that, any job may be one."""
+
 FINAL_REPORTS_MAX: Final = 256
 """How many jobs' ends are kept; the oldest are let go first."""
 
@@ -44,6 +50,7 @@ class QmpEvents:
 
     def __init__(self, address: Address, hint: Callable[[], None]) -> None:
         self.final_reports: dict[str, Observed] = {}
+        self._leaving: set[str] = set()
         self._address = address
         self._hint = hint
         self._dropped = False
@@ -63,6 +70,8 @@ class QmpEvents:
             case replies.JobEnded():
                 self._keep(event)
             case replies.JobStatusChanged():
+                if event.status in LEAVING and len(self._leaving) < LEAVING_MAX:
+                    self._leaving.add(event.id)
                 # A job tells of each of its steps, and most of them are on the way to one that matters.
                 if event.status not in STOPS:
                     return
@@ -70,6 +79,15 @@ class QmpEvents:
                 if event.name not in HINTS:
                     return
         self._hint()
+
+    def was_leaving(self, job_id: str) -> bool:
+        """Whether a job may have told that it is about to take effect."""
+        return job_id in self._leaving or len(self._leaving) >= LEAVING_MAX
+
+    def forget(self, job_id: str) -> None:
+        """A job's end is known, and QEMU has forgotten the job."""
+        self.final_reports.pop(job_id, None)
+        self._leaving.discard(job_id)
 
     def _keep(self, ended: replies.JobEnded) -> None:
         if len(self.final_reports) >= FINAL_REPORTS_MAX:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from app.core.chain import Disk, Layer
+from app.core.headers import meaning
 from app.core.orphan import OrphanJob
 from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Node, Stats
 
@@ -136,8 +137,13 @@ def _layer(
     node: Node, below: Sequence[str], filters: Sequence[str], nodes: Mapping[str, Node], folder: str | None
 ) -> Layer:
     carrier = nodes.get(below[-1], node) if below else node
+    file = _path(carrier.file, folder)
+    if node.data_file is not None:
+        # The node's file is where its data is; its header is elsewhere, and its name is that of the header's file.
+        means = meaning(node.file, overlay="", folder=folder)
+        file = means.path if means is not None and means.path is not None else node.file
     return Layer(
-        file=_path(carrier.file, folder),
+        file=file,
         format=node.driver,
         node=node.name,
         virtual_size=node.virtual_size,
@@ -145,6 +151,13 @@ def _layer(
         backing=node.backing,
         backing_format=node.backing_format,
         cluster_size=node.cluster_size or 65536,
+        name=node.file,
+        data_file=node.data_file,
+        corrupt=node.corrupt,
+        snapshots=node.snapshots,
+        bitmaps=node.bitmaps,
+        version_2=node.version_2,
+        read_only=node.read_only,
         filters=tuple(filters),
         below=tuple(below),
     )

@@ -79,6 +79,12 @@ class Node:
     cluster_size: int | None
     backing: str | None
     backing_format: str | None
+    data_file: str | None = None
+    corrupt: bool = False
+    snapshots: int = 0
+    bitmaps: tuple[str, ...] = ()
+    version_2: bool = False
+    read_only: bool = False
 
 
 def _medium(value: object) -> Medium:
@@ -100,6 +106,8 @@ def _node(value: object) -> Node:
         cluster_size = optional(image, "cluster-size", cluster)
         backing = optional(image, "backing-filename", path)
         backing_format = optional(image, "backing-filename-format", name)
+        snapshots = optional(image, "snapshots", list_of(members)) or ()
+        specific = optional(image, "format-specific", _specific)
     except Wrong as wrong:
         wrong.places.append(".image")
         raise
@@ -112,7 +120,41 @@ def _node(value: object) -> Node:
         cluster_size,
         backing,
         backing_format,
+        specific.data_file if specific else None,
+        specific is not None and specific.corrupt,
+        len(snapshots),
+        specific.bitmaps if specific else (),
+        specific is not None and specific.version_2,
+        optional(of, "ro", boolean) or False,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Specific:
+    """What the format of a node's image says (QAPI `ImageInfoSpecificQCow2`)."""
+
+    data_file: str | None = None
+    corrupt: bool = False
+    bitmaps: tuple[str, ...] = ()
+    version_2: bool = False
+
+
+def _specific(value: object) -> _Specific:
+    of = members(value)
+    if optional(of, "type", name) != "qcow2":
+        return _Specific()
+    data = member(of, "data", members)
+    bitmaps = optional(data, "bitmaps", list_of(_bitmap)) or ()
+    return _Specific(
+        data_file=optional(data, "data-file", path),
+        corrupt=optional(data, "corrupt", boolean) or False,
+        bitmaps=tuple(bitmaps),
+        version_2=optional(data, "compat", name) == "0.10",
+    )
+
+
+def _bitmap(value: object) -> str:
+    return member(members(value), "name", text)
 
 
 _nodes = list_of(_node)
@@ -310,6 +352,7 @@ class JobEnded:
 class JobStatusChanged:
     """JOB_STATUS_CHANGE."""
 
+    id: str
     status: str
 
 
@@ -345,7 +388,8 @@ def _ended(of: Members, error: str | None) -> JobEnded:
 
 
 def _status_changed(value: object) -> JobStatusChanged:
-    return JobStatusChanged(member(members(value), "status", name))
+    of = members(value)
+    return JobStatusChanged(member(of, "id", name), member(of, "status", name))
 
 
 _EVENT_NAME: Final = Query("event", name)

@@ -86,6 +86,10 @@ class QmpRunner:
         """How jobs ended, by QEMU's events: all there is once QEMU has ended itself."""
         return self._events.final_reports
 
+    def heard_to_the_end(self, job_id: str) -> bool:
+        """Whether QEMU itself ended the connection, and had not told by then that the job was about to take effect."""
+        return self._connection.heard_all and not self._events.was_leaving(job_id)
+
     async def guest_running(self) -> bool:
         """Whether the guest's processors run (QAPI `query-status`)."""
         if "query-status" not in self._commands:
@@ -246,7 +250,7 @@ class QmpRunner:
         dismissed, *deleted = await asyncio.gather(dismissal, *deletions, return_exceptions=True)
         if isinstance(dismissed, BaseException):
             raise dismissed
-        self._events.final_reports.pop(job_id, None)
+        self._events.forget(job_id)
         for node, answer in zip(nodes, deleted, strict=True):
             if isinstance(answer, Declined):
                 log.debug("node not deleted", node=node, reason=answer.problem.detail)

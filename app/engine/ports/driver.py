@@ -80,6 +80,10 @@ class Runner(Protocol):
         """How jobs ended, by QEMU's events, by id; all that is left to go by once QEMU has ended itself."""
         ...
 
+    def heard_to_the_end(self, job_id: str) -> bool:
+        """Whether QEMU itself ended the connection, and had not told by then that the job was about to take effect."""
+        ...
+
     async def guest_running(self) -> bool:
         """Whether the guest's processors run (QAPI `query-status`); also the heartbeat."""
         ...

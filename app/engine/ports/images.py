@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.core.chain import Disk, Identity, Layer, NotDeleted
-from app.core.evidence import Process
+from app.core.evidence import HeaderReading, Process
+from app.core.headers import HeaderFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +65,24 @@ class Images(Protocol):
         """
         ...
 
-    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
-        """The path to which the header of an image leads, and the file there; None where it can't be read or has none.
+    async def read_header(
+        self, overlay: str, identity: Identity | None, process: Process | None
+    ) -> HeaderReading | None:
+        """Where the header of an image leads, as it stands on the disk now; None where that can't be told.
 
         Returns None, too, if `overlay` now names another file than `identity`.
         """
+        ...
+
+    async def sync(self, file: str, identity: Identity | None, process: Process | None) -> bool:
+        """Have on the disk what was written to a file; False where that can't be known to be so.
+
+        False, too, if `file` now names another file than `identity`.
+        """
+        ...
+
+    async def header_facts(self, names: Sequence[str], overlay: Layer, process: Process | None) -> HeaderFacts:
+        """Where each of the `names` would lead in the header of the overlay, and how much room that has."""
         ...
 
     async def offline_disk(self, name: str, image: str) -> Disk:

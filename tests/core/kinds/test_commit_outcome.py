@@ -9,11 +9,13 @@ from app.core.errors import CANCELED
 from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict
 from app.core.kinds import commit
 from app.core.kinds.commit import CommitSpec
+from app.core.plan import Facts
+from app.core.sameness import Sameness
 from app.core.states import Intent, State
-from tests.core.samples import FILES, NODES, active_job, intermediate_job
+from tests.core.samples import FILES, NODES, active_job, intermediate_job, plan, request
 
 ACTIVE = active_job().spec
-INNER = intermediate_job().spec
+INNER = replace(intermediate_job().spec, header_seen=False)
 
 
 def graph(*nodes: str) -> GraphReading:
@@ -78,85 +80,213 @@ def test_the_header_leads_to_a_file_whatever_it_calls_it(identity: Identity | No
     assert commit.prove(spec, header("/links/image.qcow2", identity)) is proof
 
 
+def test_a_header_that_nobody_could_ever_read_is_not_waited_for() -> None:
+    """The graph of QEMU speaks then; where the header could be read before, its silence proves nothing."""
+    evidence = Evidence(verdict=Verdict.FINE, graph=graph("n3", "n0"), flushed=True)
+    judgement = commit.judge(INNER, evidence)
+    assert (judgement.state, judgement.durable) == (State.COMPLETED, False)
+    assert commit.judge(replace(INNER, header_seen=True), evidence).state is State.LOST
+
+
 @pytest.mark.parametrize(
-    ("intent", "verdict", "proof"),
+    ("nodes", "leads", "proof"),
     [
-        (Intent.RUN, Verdict.GONE, Proof.UNCHANGED),
-        (Intent.ABORT, Verdict.GONE, Proof.UNCHANGED),
-        (Intent.ABORT, Verdict.FINE, Proof.UNCHANGED),
-        (Intent.FORCE, Verdict.GONE, Proof.UNCHANGED),
-        (Intent.RUN, Verdict.FINE, Proof.UNKNOWN),
-        (Intent.PIVOT, Verdict.GONE, Proof.UNKNOWN),
-        (Intent.PIVOT, Verdict.FINE, Proof.UNKNOWN),
-        (Intent.KEEP, Verdict.GONE, Proof.UNKNOWN),
+        (("n3", "n0"), FILES[3], Proof.MERGED),
+        (("n3", "n0"), FILES[1], Proof.UNKNOWN),
+        (NODES, FILES[1], Proof.UNCHANGED),
+        (NODES, FILES[3], Proof.UNKNOWN),
+        (("other",), FILES[3], Proof.MERGED),
+        (("other",), FILES[1], Proof.UNKNOWN),
     ],
 )
-def test_no_header_tells_of_a_pivot(intent: Intent, verdict: Verdict, proof: Proof) -> None:
-    """With QEMU gone, the images show an active layer as unmerged only if nobody can have pivoted."""
-    assert commit.prove(ACTIVE, header(None, intent=intent, verdict=verdict)) is proof
-    # A disk that QEMU has no more, or a pivot that was asked for once, leaves nothing proven.
-    assert commit.prove(ACTIVE, header(None, intent=intent, verdict=verdict, pivot_asked=True)) is Proof.UNKNOWN
-    assert commit.prove(ACTIVE, header(None, intent=intent, verdict=verdict, unplugged=True)) is Proof.UNKNOWN
+def test_graph_and_header_have_to_agree(nodes: tuple[str, ...], leads: str, proof: Proof) -> None:
+    """One that contradicts the other leaves it open; a chain that others have changed since leaves it to the header."""
+    evidence = Evidence(verdict=Verdict.FINE, graph=graph(*nodes), header=HeaderReading(file=leads))
+    assert commit.prove(INNER, evidence) is proof
+
+
+def seen(*pairs: tuple[str, int]) -> GraphReading:
+    """A chain of these nodes, with the inodes of their files."""
+    return GraphReading(
+        nodes=tuple(node for node, _ in pairs),
+        files=tuple(node for node, _ in pairs),
+        identities=tuple((1, inode) for _, inode in pairs),
+    )
 
 
 @pytest.mark.parametrize(
-    ("evidence", "state", "words"),
+    ("chain", "proof"),
+    [
+        (seen(("n0", 0)), Proof.MERGED),
+        (seen(("n0", 9)), Proof.UNKNOWN),
+        (seen(("x", 3), ("n0", 0)), Proof.UNKNOWN),
+        (seen(("n3", 3), ("n2", 2), ("n1", 1), ("n0", 0)), Proof.UNCHANGED),
+        (seen(("n3", 3), ("n2", 7), ("n1", 1), ("n0", 0)), Proof.UNKNOWN),
+    ],
+)
+def test_a_name_with_another_file_is_another_layer(chain: GraphReading, proof: Proof) -> None:
+    """A node called as the base was proves nothing with another file, nor does a merged file under another name."""
+    layers = tuple(replace(layer, identity=(1, 3 - index)) for index, layer in enumerate(ACTIVE.disk.layers))
+    spec = replace(ACTIVE, disk=replace(ACTIVE.disk, layers=layers))
+    assert commit.prove(spec, Evidence(verdict=Verdict.FINE, graph=chain)) is proof
+
+
+GONE = Evidence(verdict=Verdict.GONE, ended=True, watched=True)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "state"),
+    [
+        (GONE, State.FAILED),
+        (replace(GONE, intent=Intent.FORCE), State.FAILED),
+        (replace(GONE, intent=Intent.PIVOT, pivot_asked=True), State.LOST),
+        (replace(GONE, pivot_asked=True), State.LOST),
+        (replace(GONE, intent=Intent.KEEP), State.LOST),
+        (replace(GONE, watched=False), State.LOST),
+        (replace(GONE, ended=False), State.LOST),
+        (replace(GONE, verdict=Verdict.FINE, intent=Intent.ABORT), State.CANCELED),
+        (replace(GONE, verdict=Verdict.FINE, intent=Intent.ABORT, pivot_asked=True), State.LOST),
+        (replace(GONE, verdict=Verdict.FINE), State.LOST),
+    ],
+)
+def test_no_image_tells_of_a_pivot(evidence: Evidence, state: State) -> None:
+    """With QEMU gone, only what it was heard to say until then shows that it has not pivoted."""
+    assert commit.judge(ACTIVE, evidence).state is state
+
+
+@pytest.mark.parametrize(
+    ("intent", "verdict", "state"),
+    [
+        (Intent.PIVOT, Verdict.FINE, State.COMPLETED),
+        (Intent.RUN, Verdict.FINE, State.LOST),
+        (Intent.ABORT, Verdict.FINE, State.LOST),
+        (Intent.PIVOT, Verdict.VANISHED, State.LOST),
+    ],
+)
+def test_a_disk_that_was_unplugged(intent: Intent, verdict: Verdict, state: State) -> None:
+    """Without a guest on it, a merge that QEMU ended well after we asked for the pivot has all of the data."""
+    evidence = Evidence(verdict=verdict, unplugged=True, intent=intent, pivot_asked=intent is Intent.PIVOT)
+    judgement = commit.judge(ACTIVE, replace(evidence, flushed=True))
+    assert (judgement.state, judgement.merged) == (state, state is State.COMPLETED)
+
+
+@pytest.mark.parametrize("same", [Sameness.OTHER, Sameness.UNKNOWN])
+@pytest.mark.parametrize("spec", [ACTIVE, INNER])
+def test_a_qemu_that_may_be_another_says_nothing(spec: CommitSpec, same: Sameness) -> None:
+    """The job may still run in the one that took it."""
+    evidence = Evidence(
+        verdict=Verdict.VANISHED, graph=graph(*NODES), header=HeaderReading(file=FILES[1]), process=same
+    )
+    assert commit.judge(spec, evidence).state is State.LOST
+
+
+def test_who_is_lost_is_told_what_to_compare() -> None:
+    """The text names the images and the commands, and says how the answer is given."""
+    problem = commit.judge(ACTIVE, Evidence(verdict=Verdict.VANISHED, graph=graph("n0"))).error
+    assert problem is not None
+    assert f"qemu-img compare -U {FILES[0]} {FILES[3]}" in problem.detail
+    problem = commit.judge(INNER, Evidence(verdict=Verdict.GONE, ended=True)).error
+    assert problem is not None
+    assert f"qemu-img info -U --backing-chain {FILES[0]}" in problem.detail
+    problem = commit.judge(INNER, Evidence()).error
+    assert problem is not None
+    assert problem.detail.startswith("nothing is known of it")
+
+
+@pytest.mark.parametrize(
+    ("spec", "evidence", "state", "words"),
     [
         (
-            Evidence(verdict=Verdict.FINE, graph=graph("n0")),
+            INNER,
+            Evidence(verdict=Verdict.FINE, graph=graph("n0"), header=HeaderReading(file=FILES[3])),
             State.COMPLETED,
-            "QEMU had concluded it without error; QEMU's block graph showed the merged layers gone",
+            (
+                "QEMU had concluded it without error; QEMU's block graph and the overlay's header showed the merged "
+                "layers gone"
+            ),
         ),
         (
+            ACTIVE,
             Evidence(verdict=Verdict.FINE, graph=graph(*NODES), intent=Intent.KEEP),
             State.COMPLETED,
             "QEMU had concluded it without error; QEMU's block graph showed the chain unchanged",
         ),
         (
+            INNER,
             Evidence(verdict=Verdict.ERROR, verdict_error="No medium", graph=graph("n0")),
             State.FAILED,
             "QEMU had concluded it with the error: No medium",
         ),
         (
+            INNER,
             Evidence(verdict=Verdict.ERROR, verdict_error=CANCELED, graph=graph(*NODES)),
             State.CANCELED,
             f"QEMU had concluded it with the error: {CANCELED}",
         ),
         (
-            Evidence(verdict=Verdict.VANISHED, graph=graph(*NODES)),
-            State.FAILED,
-            "QEMU did not list it any more; QEMU's block graph showed the chain unchanged",
+            ACTIVE,
+            Evidence(verdict=Verdict.VANISHED, graph=graph("n0")),
+            State.LOST,
+            "QEMU did not list it any more; QEMU's block graph showed the merged layers gone",
         ),
-        (header(FILES[3]), State.COMPLETED, "its QEMU had ended; the images' headers showed the merged layers gone"),
-        (header(None), State.LOST, "its QEMU had ended; the images' headers and that together prove no outcome"),
+        (
+            INNER,
+            header(FILES[3]),
+            State.COMPLETED,
+            "its QEMU had ended; the overlay's header showed the merged layers gone",
+        ),
+        (INNER, header(None), State.LOST, "its QEMU had ended; neither its block graph nor a header could be read"),
+        (ACTIVE, GONE, State.FAILED, "its QEMU had ended, and had not said until then that the job was at its end"),
+        (ACTIVE, Evidence(), State.LOST, "nothing was known of it"),
     ],
 )
-def test_a_judgement_says_what_it_was_read_from(evidence: Evidence, state: State, words: str) -> None:
+def test_a_judgement_says_what_it_was_read_from(spec: CommitSpec, evidence: Evidence, state: State, words: str) -> None:
     """QEMU's last word and where the chain was read, in words."""
-    judgement = commit.judge(INNER, evidence)
+    judgement = commit.judge(spec, evidence)
     assert (judgement.state, judgement.because) == (state, words)
 
 
-def test_nothing_is_deleted_before_the_base_is_on_the_disk() -> None:
-    """Where QEMU may hold back merged data, the merged images stay, and the result says why."""
-    spec = intermediate_job("delete").spec
-    merged = Evidence(verdict=Verdict.FINE, graph=graph("n3", "n0"))
-    tidy = commit.cleanup(spec, commit.judge(spec, replace(merged, flushed=True)))
+DONE = Evidence(verdict=Verdict.FINE, graph=graph("n3", "n0"), header=HeaderReading(file=FILES[3]), flushed=True)
+"""A merge below the active layer of which everything is known."""
+
+
+@pytest.mark.parametrize(
+    "short",
+    [
+        replace(DONE, flushed=False),
+        replace(DONE, verdict=Verdict.VANISHED),
+        replace(DONE, verdict=Verdict.GONE, ended=True, graph=None),
+        replace(DONE, header=None),
+    ],
+)
+def test_nothing_is_deleted_that_may_be_the_only_copy(short: Evidence) -> None:
+    """The base is on the disk, QEMU has said fine to us, and the header leads elsewhere; else the images stay."""
+    spec = replace(intermediate_job("delete").spec, header_seen=False)
+    tidy = commit.cleanup(spec, commit.judge(spec, DONE))
     assert (tuple(tidy.to_delete), tidy.not_deleted, tidy.invalidated) == (spec.deletes, (), spec.invalidates)
     assert (tidy.release, tidy.chain) == (("n2", "n1"), (FILES[0], FILES[3]))
-    tidy = commit.cleanup(spec, commit.judge(spec, merged))
+    tidy = commit.cleanup(spec, commit.judge(spec, short))
     assert ([*tidy.to_delete], [left.file for left in tidy.not_deleted]) == ([], [*spec.deletes])
     assert (tidy.release, tidy.chain) == (("n2", "n1"), (FILES[0], FILES[3]))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_nothing_is_deleted_after_a_pivot_that_others_have_asked_for(*, asked: bool) -> None:
+    """Another client's gentle cancel, and a move of the device, look the same."""
+    spec = active_job("delete").spec
+    evidence = Evidence(verdict=Verdict.FINE, graph=graph("n0"), flushed=True, pivot_asked=asked)
+    judgement = commit.judge(spec, evidence)
+    assert judgement.state is State.COMPLETED
+    assert bool(commit.cleanup(spec, judgement).to_delete) is asked
 
 
 def test_images_that_were_known_to_stay_are_in_the_result() -> None:
     """What the plan could not delete is named once the merge is proven, and not where nothing was merged."""
     early = NotDeleted(file=FILES[1], reason="a block device")
     spec = replace(intermediate_job("delete").spec, deletes=FILES[2:3], undeletable=(early,))
-    done = Evidence(verdict=Verdict.FINE, graph=graph("n3", "n0"), flushed=True)
-    tidy = commit.cleanup(spec, commit.judge(spec, done))
+    tidy = commit.cleanup(spec, commit.judge(spec, DONE))
     assert ([*tidy.to_delete], tidy.not_deleted) == ([FILES[2]], (early,))
-    tidy = commit.cleanup(spec, commit.judge(spec, replace(done, verdict=Verdict.ERROR, verdict_error="no")))
+    tidy = commit.cleanup(spec, commit.judge(spec, replace(DONE, verdict=Verdict.ERROR, verdict_error="no")))
     assert ([*tidy.to_delete], tidy.not_deleted, tidy.invalidated, tidy.chain) == ([], (), (), FILES)
 
 
@@ -165,3 +295,11 @@ def test_a_kept_overlay_keeps_its_chain() -> None:
     kept = Evidence(verdict=Verdict.FINE, graph=graph(*NODES), intent=Intent.KEEP, flushed=True)
     tidy = commit.cleanup(ACTIVE, commit.judge(ACTIVE, kept))
     assert (tidy.release, tidy.chain) == ((), FILES)
+
+
+def test_a_header_that_can_not_be_read_back_leaves_all_files() -> None:
+    """What it names today may be what it will name tomorrow."""
+    made = plan(request(top="vda[1]", flags=["delete"]), facts=Facts())
+    assert made.deletes == ()
+    assert [left.file for left in made.spec.undeletable] == [*FILES[1:3]]
+    assert plan(request(flags=["active", "delete"]), facts=Facts()).deletes == FILES[:3]

@@ -49,7 +49,18 @@ RUNNER: Final = frozenset(
     {"disks", "observe", "start", "pivot", "abort", "pause", "resume", "set_speed", "finalize", "flush", "conclude"}
 )
 IMAGES: Final = frozenset(
-    {"identities", "free_bytes", "is_device", "locked", "undeletable", "unlink", "backing_of", "offline_disk"}
+    {
+        "identities",
+        "free_bytes",
+        "is_device",
+        "locked",
+        "undeletable",
+        "unlink",
+        "read_header",
+        "sync",
+        "header_facts",
+        "offline_disk",
+    }
 )
 JOURNAL: Final = frozenset({"add_jobs", "store", "tell_domain", "record_uses", "change_marks"})
 STORES: Final = frozenset({"add_jobs", "store"})

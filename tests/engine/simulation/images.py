@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from app.core.chain import Disk, Identity, Layer, NotDeleted
 from app.core.errors import Code, Problem, Refused
-from app.core.evidence import Process
+from app.core.evidence import HeaderReading, Process
+from app.core.headers import HeaderFacts
 from app.engine.ports.images import Measure
 from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
 from tests.engine.simulation.life import Life
@@ -118,14 +119,29 @@ class SimImages:
         self._world.trace.note("unlinked", path)
         return None
 
-    async def backing_of(self, overlay: str, identity: Identity | None) -> tuple[str, Identity | None] | None:
-        """The path to which the header of an image leads, and the file there."""
-        await self._delay("backing_of")
+    async def read_header(
+        self, overlay: str, identity: Identity | None, process: Process | None
+    ) -> HeaderReading | None:
+        """Where the header of an image leads."""
+        await self._delay("read_header")
         image = self._seen(overlay)
         if image is None or identity != (DEVICE, image.inode) or image.header is None:
             return None
         below = resolve(image.header, overlay)
-        return below, self._identity(below)
+        return HeaderReading(file=below, identity=self._identity(below))
+
+    async def sync(self, file: str, identity: Identity | None, process: Process | None) -> bool:
+        """Have on the disk what was written to a file; headers are, as soon as they are written."""
+        await self._delay("sync")
+        image = self._seen(file)
+        return image is not None and identity == (DEVICE, image.inode)
+
+    async def header_facts(self, names: Sequence[str], overlay: Layer, process: Process | None) -> HeaderFacts:
+        """Where each of the `names` would lead in the header of the overlay."""
+        await self._delay("header_facts")
+        seen = self._seen(overlay.file) is not None
+        named = {name: self._identity(resolve(name, overlay.file)) for name in names}
+        return HeaderFacts(named=named, room=1023 if seen else None, seen=seen)
 
     async def offline_disk(self, name: str, image: str) -> Disk:
         """A disk of a domain that is off, from the headers."""

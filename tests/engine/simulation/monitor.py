@@ -34,13 +34,14 @@ class Link:
         self.client = Client(hint=hint)
         self.pending: list[asyncio.Future[Any]] = []
         self.dropped = False
+        self.heard_all = False
         qemu.clients.append(self.client)
 
     def end(self, *, drop: bool = False) -> None:
         """The connection ends; `drop`: what is on its way is lost."""
         if not self.connected:
             return
-        self.connected, self.dropped = False, drop
+        self.connected, self.dropped, self.heard_all = False, drop, not drop and not self.qemu.up
         if self.client in self.qemu.clients:
             self.qemu.clients.remove(self.client)
         if self.counted:

@@ -40,7 +40,8 @@ class GuestDisk:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Client:
-    """The end of a monitor's connection in QEMU: whom to tell, and how jobs ended."""
+    """The end of a monitor's connection in QEMU: whom to tell, how jobs ended, and which were about to take effect."""
 
     hint: Callable[[], None]
     final_reports: dict[str, Observed] = field(default_factory=dict[str, Observed])
+    leaving: set[str] = field(default_factory=set[str])

@@ -75,6 +75,10 @@ class SimRunner:
         """How jobs ended, by QEMU's events."""
         return self._link.client.final_reports
 
+    def heard_to_the_end(self, job_id: str) -> bool:
+        """Whether QEMU itself ended the connection, and had not told that the job was about to take effect."""
+        return self._link.heard_all and job_id not in self._link.client.leaving
+
     async def _ask(self, what: str, effect: Callable[[Qemu], Any]) -> Any:
         self._life.check()
         if not self._link.connected:

@@ -305,6 +305,9 @@ class Qemu:
             job.to("ready" if job.active else "waiting")
         elif job.complete or job.gentle_cancel:
             job.to("waiting")
+        if job.status == "waiting":
+            for client in self.clients:
+                client.leaving.add(job.id)
 
     def _end(self, job: BlockJob) -> None:
         """The job has copied all, and takes effect."""
