@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from app.core.chain import Disk, Layer, NotDeleted
 from app.core.errors import Code, Problem
+from app.core.headers import HeaderFacts
 from app.core.images import Access, Claim, DiskChain, Image
 from app.core.job import accept
 from app.core.kinds import KINDS, capabilities_of, commit, kind_of
