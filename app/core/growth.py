@@ -10,16 +10,25 @@ def growth(target: Layer, size: int, new: int) -> int:
 
     `size` is the virtual size that the image has then, in bytes. In a qcow2 file a table of 8-byte entries maps one
     cluster each, a refcount block of 2-byte entries counts one each; both come in whole clusters
-    (docs/interop/qcow2.txt). No image grows beyond its full size and its tables.
+    (docs/interop/qcow2.txt). A new cluster needs at most one new table, so a thin image does not need all of its
+    tables. No image grows beyond its full size and its tables.
     """
     if target.format != "qcow2":
         return max(0, min(new, size - target.actual_size)) if target.format == "raw" else new
+    if not new:
+        return 0
     cluster = target.cluster_size
-    l2 = -(-size // (cluster * cluster // 8))
-    l1 = -(-l2 * 8 // cluster)
-    counted = -(-size // cluster) + l2 + l1 + 1
+    added, full = -(-new // cluster), -(-size // cluster)
+    tables = -(-size // (cluster * cluster // 8))
+    least = new + _metadata(added, min(added, tables), tables, cluster)
+    return min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))
+
+
+def _metadata(clusters: int, l2: int, entries: int, cluster: int) -> int:
+    """Bytes of the tables of that many data clusters, in `l2` tables, with that many `entries` in the L1 table."""
+    l1 = -(-entries * 8 // cluster)
+    counted = clusters + l2 + l1 + 1
     # Each refcount block counts itself too, and its entry in the table of them. One cluster more is for a last one
     # that the size does not fill.
     blocks = -(-counted // (cluster // 2 - 2))
-    metadata = (l2 + l1 + 1 + blocks + -(-blocks * 8 // cluster) + 1) * cluster
-    return min(new + metadata, max(0, size + metadata - target.actual_size)) if new else 0
+    return (l2 + l1 + 1 + blocks + -(-blocks * 8 // cluster) + 1) * cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Generic, TypeVar
 
 from app.core.chain import Disk, Identity, Layer
@@ -13,18 +14,57 @@ from app.core.states import OnError, OnReady
 S = TypeVar("S", covariant=True)  # noqa: PLC0105 - one letter says it
 
 
+class Guest(StrEnum):
+    """What QEMU says of its guest (QAPI `RunState`, `MigrationStatus`)."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    MIGRATING = "migrating"
+    """An outgoing migration runs, or has ended: the images are another QEMU's, or will be."""
+    INCOMING = "incoming"
+    """The guest has not arrived yet: the images are still another QEMU's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """Who has a node below itself in QEMU's graph.
+
+    `kind` is QAPI `XDbgBlockGraphNodeType`. `name` is a node's, a job's, or that of a device or an export; `role` is
+    what the node is to it.
+    """
+
+    kind: str
+    name: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What QEMU says before a job that no reading of the disks shows.
+
+    `parents` are by node, and empty where QEMU does not tell. `unwritable` are those of the nodes asked about that QEMU
+    can't open for writing, each with its words.
+    """
+
+    guest: Guest = Guest.RUNNING
+    parents: Mapping[str, tuple[Parent, ...]] = field(default_factory=dict[str, "tuple[Parent, ...]"])
+    unwritable: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inquiry:
     """What a plan has to know of the host.
 
     `written` is the layer that the job writes to, `read` those whose data it copies, topmost first. `to_delete` are the
     files that the request would have deleted. `names` are those that the header of `overlay` might get.
+    `probe` are the nodes that QEMU has open for reading, and will have to write to.
     """
 
     written: Layer
     read: tuple[Layer, ...]
     to_delete: Mapping[str, Identity | None] = field(default_factory=dict[str, "Identity | None"])
     overlay: Layer | None = None
+    probe: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
 
@@ -46,6 +86,7 @@ class Facts:
     written_is_device: bool = False
     undeletable: Mapping[str, str] = field(default_factory=dict[str, str])
     header: HeaderFacts = field(default_factory=HeaderFacts)
+    survey: Survey = field(default_factory=Survey)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,10 +221,10 @@ class Actor:
             return
         self._jobs.look_soon = True
         try:
-            guest_running = await self.connection.require().guest_running()
+            guest = await self.connection.require().guest()
             await self.disks.read()
             await self._jobs.find_orphans()
-            self.connection.welcome(guest_running=guest_running)
+            self.connection.welcome(guest)
         except MonitorError as error:
             self._executor.monitor_error = error
         self.connection.tried.set()

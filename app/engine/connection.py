@@ -21,6 +21,7 @@ from typing import Final
 from app.core.errors import Code, Problem, Refused
 from app.core.evidence import Process, same_process
 from app.core.machine.inputs import Observed
+from app.core.plan import Guest
 from app.core.sameness import Sameness
 from app.engine.ports.clock import Clock
 from app.engine.ports.driver import Busy, Declined, Driver, MonitorError, QemuFacts, Runner, Unanswered, Unreachable
@@ -125,9 +126,9 @@ class MonitorConnection:
         self._clock = clock
         self._hint = hint
         self._on_progress = on_progress
-        self._guest_running = True
+        self._guest = Guest.RUNNING
         self._connecting: asyncio.Task[Runner] | None = None
-        self._probe: asyncio.Task[bool] | None = None
+        self._probe: asyncio.Task[Guest] | None = None
         self._attempts = 0
         self._since = 0.0
         self._due = 0.0
@@ -153,17 +154,17 @@ class MonitorConnection:
     def state(self) -> DomainState:
         """The domain's state as it shows from here."""
         if self.phase is Phase.UP:
-            return DomainState.RUNNING if self._guest_running else DomainState.PAUSED
+            return DomainState(self._guest.value)
         if self.phase is Phase.BUSY:
             return DomainState.BUSY
         off = self._registration.disks or self._registration.address is None
         shut = off and self.phase is Phase.DOWN and not self.is_alive()
         return DomainState.SHUTOFF if shut else DomainState.UNREACHABLE
 
-    def welcome(self, *, guest_running: bool) -> None:
+    def welcome(self, guest: Guest) -> None:
         """All that a domain shows has been read over the new connection; from now on it shows."""
         self._move(Signal.READ)
-        self._guest_running, self.error = guest_running, None
+        self._guest, self.error = guest, None
 
     def is_alive(self, process: Process | None = None) -> bool:
         """Whether that process (if None: the QEMU that was seen last) is known to run still."""
@@ -243,7 +244,7 @@ class MonitorConnection:
             probe, self._probe = self._probe, None
             self._due = self._clock.monotonic() + HEARTBEAT_S
             try:
-                self._guest_running = probe.result()
+                self._guest = probe.result()
             except MonitorError as error:
                 return await self.fail(error)
             if self.phase is Phase.HUNG:
@@ -321,9 +322,9 @@ class MonitorConnection:
         return Problem(code=Code.MONITOR_UNREACHABLE, detail=f"domain {self._registration.id}: {why}")
 
 
-async def _ask_for_life(runner: Runner) -> bool:
+async def _ask_for_life(runner: Runner) -> Guest:
     try:
         async with asyncio.timeout(HEARTBEAT_TIMEOUT_S):
-            return await runner.guest_running()
+            return await runner.guest()
     except TimeoutError:
         raise Unanswered(f"QEMU has not answered for {HEARTBEAT_TIMEOUT_S:.0f} s") from None

@@ -66,12 +66,13 @@ class Planner:
     async def _ask(self, disk: Disk, inquiry: Inquiry) -> Facts:
         images, process, file = self._shared.images, self._connection.process, inquiry.written.file
         await self._shared.known.refresh()
-        locked, free, is_device, undeletable, header = await asyncio.gather(
+        locked, free, is_device, undeletable, header, survey = await asyncio.gather(
             images.locked(file, process),
             images.free_bytes(file, process),
             images.is_device(file, process),
             images.undeletable(inquiry.to_delete, process),
             self._header(inquiry),
+            self._connection.require().survey(inquiry.probe),
         )
         return Facts(
             shared_with=self._shared.known.base_user(self._registration.id, disk, inquiry.written),
@@ -80,6 +81,7 @@ class Planner:
             written_is_device=is_device,
             undeletable=undeletable,
             header=header,
+            survey=survey,
         )
 
     async def _header(self, inquiry: Inquiry) -> HeaderFacts:

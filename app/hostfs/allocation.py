@@ -79,7 +79,11 @@ async def measure(layers: Sequence[Layer], process: Process | None, roots: Roots
     readable = all(layer.file.startswith("/") for layer in layers)
     if not readable or not await asyncio.to_thread(lambda: all(roots.allow(path) for path in paths)):
         return None
-    described = [_described(layer.format, path) for layer, path in zip(layers, paths, strict=True)]
+    devices = await asyncio.to_thread(lambda: [is_device(layer.file, process) for layer in layers])
+    described = [
+        _described(layer.format, path, device=device)
+        for layer, path, device in zip(layers, paths, devices, strict=True)
+    ]
     base_map = await qemu_img.map(_stacked(described[-1:]))
     top_map = await qemu_img.map(_stacked(described))
     if base_map is None or top_map is None:
@@ -95,8 +99,9 @@ async def measure(layers: Sequence[Layer], process: Process | None, roots: Roots
     return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new)
 
 
-def _described(driver: str, path: str) -> dict[str, object]:
-    return {"driver": driver, "file": {"driver": "file", "filename": path, "locking": "off"}}
+def _described(driver: str, path: str, *, device: bool) -> dict[str, object]:
+    protocol = "host_device" if device else "file"
+    return {"driver": driver, "file": {"driver": protocol, "filename": path, "locking": "off"}}
 
 
 def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:

@@ -33,8 +33,10 @@ ARGUMENTS: Final[dict[str, dict[str, object]]] = {
     "query-blockstats": {},
     "query-named-block-nodes": {"flat": True},
     "x-debug-query-block-graph": {},
+    "query-migrate": {},
+    "query-block-exports": {},
 }
-UNUSED: Final = ("backing-image", "cache", "dirty-bitmaps", "format-specific", "stats", "timed_stats")
+UNUSED: Final = ("backing-image", "cache", "dirty-bitmaps", "stats", "timed_stats")
 EVENTS: Final = ("JOB_STATUS_CHANGE", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_READY")
 
 

@@ -57,15 +57,15 @@ def test_a_malformed_reply(tmp_path: Path) -> None:
     """A reply of another shape is told as what it is, and the connection would go on."""
 
     async def story() -> None:
-        wrong: JSON = {"return": {"running": "yes"}}
-        right: JSON = {"return": {"running": True}}
+        wrong: JSON = {"return": {"running": "yes", "status": "running"}}
+        right: JSON = {"return": {"running": True, "status": "running"}}
         async with connected(tmp_path / "vm.qmp", wrong, right) as connection:
             assert str(connection.version) == "7.2.0"
             with pytest.raises(Unreachable) as malformed:
                 await connection.ask(replies.STATUS)
             assert isinstance(malformed.value, MalformedReply)
             assert str(malformed.value) == "query-status: running: expected true or false"
-            assert await connection.ask(replies.STATUS) is True
+            assert (await connection.ask(replies.STATUS)).running
 
     asyncio.run(story())
 
@@ -102,9 +102,9 @@ def test_events_of_any_shape(tmp_path: Path) -> None:
     async def story() -> None:
         events: list[object] = []
         said = b'{"event": ["no", "name"]}\n{"event": "STOP", "data": null}\n{"event": "STOP", "data": {}, "more": 1}\n'
-        status: JSON = {"return": {"running": True}}
+        status: JSON = {"return": {"running": True, "status": "running"}}
         async with connected(tmp_path / "vm.qmp", status, first=said, taken=events) as connection:
-            assert await connection.ask(replies.STATUS) is True
+            assert (await connection.ask(replies.STATUS)).running
         assert events == [(["no", "name"], None), ("STOP", None), ("STOP", {})]
 
     asyncio.run(story())

@@ -75,7 +75,7 @@ def test_recorded(command: str) -> None:
 
 def test_values() -> None:
     """The values are those of the replies, by the service's names; what is missing is None."""
-    assert read("query-status", recorded("query-status")) is False
+    assert read("query-status", recorded("query-status")) == replies.Status(running=False, state="prelaunch")
     assert read("query-name", recorded("query-name")) == "sample"
     assert read("query-name", {}) is None
     assert str(read("greeting", recorded("greeting"))).startswith("7.2.")
@@ -148,6 +148,7 @@ KINDS: Final[dict[str, list[object]]] = {
 
 USED: Final[list[tuple[str, Place, str | int]]] = [
     ("query-status", ("running",), BOOLEAN),
+    ("query-status", ("status",), NAME),
     ("query-commands", (), LIST),
     ("query-commands", (3,), OBJECT),
     ("query-commands", (3, "name"), NAME),

@@ -17,6 +17,7 @@ import pytest
 
 from app.core.chain import Disk
 from app.core.evidence import Process
+from app.core.plan import Guest
 from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS
 from app.drivers.qmp.runner import NEEDED, QmpDriver, QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
@@ -265,7 +266,7 @@ def test_a_stopped_process(path: Path, qemu: Qemu) -> None:
             await QmpDriver(SHORT).connect(Address(unix=str(path)), lambda: None)
         qemu.wake()
         async with connected(path) as monitor:
-            assert not await monitor.guest_running()
+            assert await monitor.guest() is Guest.PAUSED
 
     run(story())
 
@@ -399,7 +400,7 @@ def test_a_monitor_over_tcp() -> None:
     async def story() -> None:
         async with pretender(None, like_qemu()) as port:
             monitor = await QmpDriver(5).connect(Address(tcp=("127.0.0.1", port)), lambda: None)
-            assert await monitor.guest_running()
+            assert await monitor.guest() is Guest.RUNNING
             assert monitor.facts.process.pid is None
             await monitor.close()
 
@@ -412,10 +413,10 @@ def test_hints_tell_that_something_happened(path: Path, qemu: Qemu) -> None:
     async def story() -> None:
         hints: list[None] = []
         async with connected(path, hint=lambda: hints.append(None)) as monitor:
-            assert not await monitor.guest_running()
+            assert await monitor.guest() is Guest.PAUSED
             await asyncio.to_thread(qemu.qmp, "cont")
             await reached(lambda: bool(hints))
-            assert await monitor.guest_running()
+            assert await monitor.guest() is Guest.RUNNING
 
     run(story())
 
@@ -429,7 +430,7 @@ def test_a_huge_reply(path: Path) -> None:
     async def story() -> None:
         async with pretender(path, like_qemu(answers)), connected(path) as monitor:
             for _ in range(2):
-                assert await monitor.guest_running()
+                assert await monitor.guest() is Guest.RUNNING
             assert monitor.connected
 
     run(story())
@@ -464,7 +465,7 @@ def test_thousands_of_events_keep_no_memory(path: Path) -> None:
                 nonlocal hints
                 hints = 0
                 for _ in range(times):
-                    await monitor.guest_running()
+                    await monitor.guest()
                 await reached(lambda: hints == 3000 * times, 60)
 
             await flood(1)
@@ -502,11 +503,11 @@ def test_a_command_without_an_answer(path: Path) -> None:
         async with pretender(path, like_qemu(answers)), connected(path, patience=SHORT) as monitor:
             begin = time.monotonic()
             with pytest.raises(Unanswered, match="query-status"):
-                await monitor.guest_running()
+                await monitor.guest()
             assert SHORT <= time.monotonic() - begin < SHORT + 3
             assert monitor.connected
             silent = False
-            assert await monitor.guest_running()
+            assert await monitor.guest() is Guest.RUNNING
 
     run(story())
 
@@ -518,11 +519,11 @@ def test_a_process_that_stops_and_goes_on(path: Path, qemu: Qemu) -> None:
         async with connected(path, patience=SHORT) as monitor:
             qemu.pause()
             with pytest.raises(Unanswered):
-                await monitor.guest_running()
+                await monitor.guest()
             qemu.wake()
             await asyncio.to_thread(qemu.qmp, "query-status")
             assert monitor.connected
-            assert not await monitor.guest_running()
+            assert await monitor.guest() is Guest.PAUSED
             assert await monitor.observe() == {}
 
     run(story())
@@ -539,7 +540,7 @@ def test_a_killed_process(path: Path, qemu: Qemu) -> None:
             qemu.kill()
             await reached(lambda: bool(hints) and not monitor.connected)
             with pytest.raises(Unreachable):
-                await monitor.guest_running()
+                await monitor.guest()
             assert QmpDriver(5).alive(process) is False
 
     run(story())
@@ -551,7 +552,7 @@ def test_the_end_in_the_middle_of_a_command(path: Path, qemu: Qemu) -> None:
     async def story() -> None:
         async with connected(path, patience=60) as monitor:
             qemu.pause()
-            waiting = asyncio.create_task(monitor.guest_running())
+            waiting = asyncio.create_task(monitor.guest())
             await asyncio.sleep(0)
             qemu.kill()
             with pytest.raises(Unreachable, match="query-status"):
@@ -567,7 +568,7 @@ def test_closing_never_raises(path: Path, qemu: Qemu, how: str) -> None:
 
     async def story() -> None:
         monitor = await QmpDriver(60).connect(Address(unix=str(path)), lambda: None)
-        waiting: asyncio.Task[bool] | None = None
+        waiting: asyncio.Task[Guest] | None = None
         if how == "twice":
             await monitor.close()
         elif how == "killed":
@@ -575,7 +576,7 @@ def test_closing_never_raises(path: Path, qemu: Qemu, how: str) -> None:
         else:
             qemu.pause()
             if how == "waiting":
-                waiting = asyncio.create_task(monitor.guest_running())
+                waiting = asyncio.create_task(monitor.guest())
                 await asyncio.sleep(0)
         async with asyncio.timeout(5):
             await monitor.close()

@@ -50,7 +50,15 @@ from app.core.kinds.layers import (
 )
 from app.core.kinds.naming import header_string, proposals
 from app.core.kinds.outcome import chain_proof, judged
-from app.core.kinds.refusals import data_files, merge_warnings, no_room, unread_header, unwritable
+from app.core.kinds.refusals import (
+    data_files,
+    merge_warnings,
+    no_room,
+    refused,
+    to_probe,
+    unread_header,
+    with_snapshots,
+)
 from app.core.orphan import OrphanJob
 from app.core.plan import Facts, Inquiry, Plan, QemuCommand
 from app.core.states import DataState, JobType, OnError, OnReady, State
@@ -218,6 +226,7 @@ def inquiry(selection: CommitSelection) -> Inquiry:
         read=selection.merged,
         to_delete=to_delete,
         overlay=selection.overlay,
+        probe=to_probe(selection),
         names=_names(selection),
     )
 
@@ -229,7 +238,7 @@ def _names(selection: CommitSelection) -> tuple[str, ...]:
 
 def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem:
     """The plan, or the reason why the base can't take the data."""
-    header = unwritable(selection.base, facts) or _header(selection, facts)
+    header = refused(selection, facts) or _header(selection, facts)
     if isinstance(header, Problem):
         return header
     planned = _planned(selection, facts, header)
@@ -250,7 +259,7 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
     keep, files = request.on_ready is OnReady.KEEP, selection.disk.files
     invalidates = files[selection.top_index + keep : selection.base_index]
     delete = CommitFlag.DELETE in request.flags
-    undeletable = unread_header(selection, invalidates, facts) | facts.undeletable
+    undeletable = dict(facts.undeletable) | unread_header(selection, invalidates, facts) | with_snapshots(selection)
     undeletable = {file: why for file, why in undeletable.items() if delete and file in invalidates}
     spec = CommitSpec(
         disk=DiskRecord.of(selection.disk),

@@ -3,28 +3,194 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from app.core.chain import Layer, NotDeleted
-from app.core.errors import Code, Problem
+from app.core.errors import LOCKED, Code, Problem
 from app.core.kinds.layers import LayersSelection
-from app.core.plan import Demand, Facts, PlanWarning
+from app.core.plan import Demand, Facts, Guest, Parent, PlanWarning
+
+ELSEWHERE: Final = frozenset({Guest.MIGRATING, Guest.INCOMING})
+"""States of a guest whose images are another QEMU's."""
+
+GROWING: Final = frozenset({"raw", "qcow2", "qed", "luks"})
+"""The formats whose images QEMU makes longer (block_int.h: bdrv_co_truncate)."""
 
 
-def unwritable(target: Layer, facts: Facts) -> Problem | None:
-    """Why nothing may be written to a layer: somebody else needs its data, or holds it."""
-    if facts.shared_with is not None:
+def refused(selection: LayersSelection, facts: Facts) -> Problem | None:
+    """The first reason, in the contract's order, why the base must not be written to, or the merge can't end well."""
+    return (
+        _shared(selection, facts)
+        or _migrating(facts)
+        or _in_use(selection, facts)
+        or _read_only(selection, facts)
+        or _corrupt(selection)
+        or _sizes(selection, facts)
+        or _overlay(selection, facts)
+    )
+
+
+def _shared(selection: LayersSelection, facts: Facts) -> Problem | None:
+    base = selection.base
+    used_by = facts.shared_with or next(iter(_readers(selection, facts, selection.base_index)), None)
+    if used_by is None:
+        others = (_overlays_of(selection, facts, at) for at in range(selection.top_index + 1, selection.base_index))
+        used_by = next((name for names in others for name in names), None)
+    if used_by is not None:
         return Problem(
             code=Code.IMAGE_SHARED,
-            detail=f"{target.file} is also a layer of {facts.shared_with}, whose data a merge into it would destroy",
-            extra={"file": target.file, "used_by": facts.shared_with},
+            detail=f"{base.file} is also read by {used_by}, whose data a merge into it would destroy",
+            extra={"file": base.file, "used_by": used_by},
         )
-    if facts.locked:
+    # While the guest is moved, it is the other QEMU that has the lock.
+    if facts.locked and facts.survey.guest not in ELSEWHERE:
         return Problem(
             code=Code.IMAGE_LOCKED,
-            detail=f"another process has {target.file} open; stop it, then try again",
-            extra={"file": target.file},
+            detail=f"another process has {base.file} open; stop it, then try again",
+            extra={"file": base.file},
         )
     return None
+
+
+def _strangers(selection: LayersSelection, facts: Facts, at: int) -> list[Parent]:
+    """Who has the layer at that position below itself, but for what the disk's own chain has above it."""
+    layers, parents = selection.disk.layers, facts.survey.parents
+    layer = layers[at]
+    own = {layers[at - 1].node, *layer.filters} if at else set(layer.filters)
+    found: list[Parent] = []
+    todo, seen = [layer.node], {layer.node}
+    while todo:
+        for parent in parents.get(todo.pop(), ()):
+            if parent.kind == "block-job" or (parent.kind == "block-driver" and parent.name in own):
+                continue
+            found.append(parent)
+            # A filter reads nothing by itself.
+            if parent.kind == "block-driver" and parent.role != "backing" and parent.name not in seen:
+                seen.add(parent.name)
+                todo.append(parent.name)
+    return found
+
+
+def _readers(selection: LayersSelection, facts: Facts, at: int) -> list[str]:
+    """The exports, devices and overlays that read a layer, besides the disk itself."""
+    found = _strangers(selection, facts, at)
+    return [parent.name for parent in found if parent.kind == "block-backend" or parent.role == "backing"]
+
+
+def _overlays_of(selection: LayersSelection, facts: Facts, at: int) -> list[str]:
+    return [parent.name for parent in _strangers(selection, facts, at) if parent.role == "backing"]
+
+
+def _migrating(facts: Facts) -> Problem | None:
+    guest = facts.survey.guest
+    if guest not in ELSEWHERE:
+        return None
+    why = "the guest is being moved away, or has been" if guest is Guest.MIGRATING else "the guest has not arrived yet"
+    return Problem(
+        code=Code.DOMAIN_MIGRATING,
+        detail=f"{why}: its images are another QEMU's; send the request to the QEMU that runs the guest in the end",
+    )
+
+
+def _in_use(selection: LayersSelection, facts: Facts) -> Problem | None:
+    root = selection.disk.node
+    above = [parent for parent in facts.survey.parents.get(root or "", ()) if parent.kind == "block-driver"]
+    users = [(root, parent.name) for parent in above]
+    for at in range(selection.top_index + 1, selection.base_index):
+        users += [(selection.disk.layers[at].node, name) for name in _readers(selection, facts, at)]
+    if not selection.active:
+        users += [(selection.top.node, name) for name in _overlays_of(selection, facts, selection.top_index)]
+    if not users:
+        return None
+    node, user = users[0]
+    return Problem(
+        code=Code.NODE_IN_USE,
+        detail=f"{user} uses the node {node}, which the merge would take away from it; end that use, then try again",
+        extra={"node": node, "used_by": user},
+    )
+
+
+def _read_only(selection: LayersSelection, facts: Facts) -> Problem | None:
+    base = selection.base
+    words = facts.survey.unwritable.get(base.node)
+    if words is None:
+        return None
+    locked = LOCKED.search(words) is not None
+    return Problem(
+        code=Code.IMAGE_LOCKED if locked else Code.IMAGE_READ_ONLY,
+        detail=f"QEMU can't open {base.file} for writing: {words}",
+        extra={"file": base.file},
+    )
+
+
+def _corrupt(selection: LayersSelection) -> Problem | None:
+    layer = next((layer for layer in (*selection.merged, selection.base) if layer.corrupt), None)
+    if layer is None:
+        return None
+    return Problem(
+        code=Code.IMAGE_CORRUPT,
+        detail=f"{layer.file} is marked corrupt: QEMU would not open it for writing the next time; repair it offline "
+        "(qemu-img check -r all), or copy what can be read of it",
+        extra={"file": layer.file},
+    )
+
+
+def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
+    base, top, overlay = selection.base, selection.top, selection.overlay
+    if overlay is not None and top.virtual_size < min(base.virtual_size, overlay.virtual_size):
+        # Beyond its end an image reads as zeros (block/io.c: bdrv_co_block_status), and nothing is copied from there.
+        return Problem(
+            code=Code.SIZES_UNSAFE,
+            detail=f"{top.file} has {top.virtual_size} bytes, less than {base.file} below and {overlay.file} above: "
+            "what the guest reads as zeros beyond its end would become what the base holds there",
+            extra={"file": top.file},
+        )
+    if top.virtual_size <= base.virtual_size:
+        return None
+    why = None
+    if facts.written_is_device and base.format == "raw":
+        why = "it is a device"
+    elif base.format not in GROWING:
+        why = f"QEMU can't make images of the format {base.format} longer"
+    elif base.version_2 and base.snapshots:
+        why = "it is a qcow2 image of version 2 with internal snapshots"
+    elif base.format == "raw" and base.name.startswith("json:") and '"size"' in base.name:
+        why = "QEMU has opened a part of a file"
+    if why is None:
+        return None
+    return Problem(
+        code=Code.BASE_CANNOT_GROW,
+        detail=f"{base.file} would have to grow from {base.virtual_size} to {top.virtual_size} bytes, and {why}",
+        extra={"file": base.file, "needed": top.virtual_size},
+    )
+
+
+def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
+    overlay = selection.overlay
+    words = None if overlay is None else facts.survey.unwritable.get(overlay.node)
+    if overlay is None or words is None:
+        return None
+    return Problem(
+        code=Code.OVERLAY_NOT_WRITABLE,
+        detail=f"QEMU can't open {overlay.file} for writing, whose header has to name another image then: {words}",
+        extra={"file": overlay.file},
+    )
+
+
+def to_probe(selection: LayersSelection) -> tuple[str, ...]:
+    """The nodes that QEMU has open for reading only, and that the merge has it open for writing.
+
+    An image with persistent bitmaps is left alone: it is written to when it is opened for writing.
+    """
+    written = [selection.base] + ([] if selection.overlay is None else [selection.overlay])
+    return tuple(layer.node for layer in written if layer.read_only and not layer.bitmaps)
+
+
+def with_snapshots(selection: LayersSelection) -> dict[str, str]:
+    """Why a deletion leaves images: they hold internal snapshots, which are nowhere else."""
+    return {
+        layer.file: f"it holds {layer.snapshots} internal snapshots" for layer in selection.merged if layer.snapshots
+    }
 
 
 def no_room(demand: Demand, free: int | None) -> Problem | None:
@@ -83,6 +249,13 @@ def merge_warnings(
         "filters-dropped": filters and f"QEMU drops the filters between the layers: {', '.join(filters)}",
     }
     warnings = [PlanWarning(code=code, detail=str(detail)) for code, detail in found.items() if detail]
+    for layer in selection.merged:
+        if layer.snapshots:
+            detail = f"{layer.file} has {layer.snapshots} internal snapshots, which are no part of what is merged"
+            warnings.append(PlanWarning(code="internal-snapshots-lost", detail=detail))
+        if layer.bitmaps:
+            detail = f"the dirty bitmaps of {layer.file} are no part of what is merged: {', '.join(layer.bitmaps)}"
+            warnings.append(PlanWarning(code="bitmaps-lost", detail=detail))
     return (
         growth_warnings(base, facts, grown)
         + warnings

@@ -15,7 +15,8 @@ from typing import Final
 from app.core.chain import Disk, Layer
 from app.core.headers import meaning
 from app.core.orphan import OrphanJob
-from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Node, Stats
+from app.core.plan import Parent
+from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Export, Node, Stats
 
 FILTERS: Final = frozenset(
     {
@@ -161,6 +162,22 @@ def _layer(
         filters=tuple(filters),
         below=tuple(below),
     )
+
+
+def parents(graph: BlockGraph, exports: Sequence[Export]) -> Mapping[str, tuple[Parent, ...]]:
+    """Who has which node below itself, by node; an export is called by its id."""
+    names: dict[str, list[str]] = {}
+    for export in exports:
+        names.setdefault(export.node, []).append(f"export {export.id}")
+    found: dict[str, list[Parent]] = {}
+    for edge in graph.edges:
+        above, below = graph.nodes[edge.parent], graph.nodes[edge.child]
+        name = above.name
+        if above.type == "block-backend" and not name:
+            of_node = names.get(below.name)
+            name = of_node.pop() if of_node else "an unnamed user"
+        found.setdefault(below.name, []).append(Parent(above.type, name, edge.name))
+    return {node: tuple(above) for node, above in found.items()}
 
 
 def read_orphan(

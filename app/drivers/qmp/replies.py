@@ -13,6 +13,7 @@ from typing import Final
 
 from app.core.errors import CANCELED
 from app.core.job import Progress
+from app.core.plan import Guest
 from app.drivers.qmp.checks import (
     Members,
     Query,
@@ -293,8 +294,57 @@ def _given_name(value: object) -> str | None:
     return optional(members(value), "name", text)
 
 
-STATUS: Final = Query("query-status", only("running", boolean))
-"""Whether the guest's processors run."""
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What query-status says (QAPI `StatusInfo`)."""
+
+    running: bool
+    state: str
+
+
+def _status(value: object) -> Status:
+    of = members(value)
+    return Status(member(of, "running", boolean), member(of, "status", name))
+
+
+def _migration(value: object) -> str | None:
+    return optional(members(value), "status", name)
+
+
+STATUS: Final = Query("query-status", _status)
+MIGRATION: Final = Query("query-migrate", _migration)
+"""The state of the migration that was asked for last (QAPI `MigrationStatus`); None where none was."""
+
+AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
+"""States of a guest (QAPI `RunState`) that is moved away, or has been."""
+
+NO_MIGRATION: Final = frozenset({None, "none", "completed", "failed", "cancelled", "colo"})
+"""States of a migration that is not under way."""
+
+
+def guest(status: Status, migration: str | None) -> Guest:
+    """What both say of the guest together."""
+    if status.state == "inmigrate":
+        return Guest.INCOMING
+    if status.state in AWAY or migration not in NO_MIGRATION:
+        return Guest.MIGRATING
+    return Guest.RUNNING if status.running else Guest.PAUSED
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """An export of a node (QAPI `BlockExportInfo`)."""
+
+    id: str
+    node: str
+
+
+def _export(value: object) -> Export:
+    of = members(value)
+    return Export(member(of, "id", name), member(of, "node-name", name))
+
+
+EXPORTS: Final = Query("query-block-exports", list_of(_export))
 
 DEVICES: Final = Query("query-block", list_of(_device))
 STATS: Final = Query("query-blockstats", list_of(tree(("parent", "backing"), _stat)))

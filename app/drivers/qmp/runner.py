@@ -18,6 +18,7 @@ from app.core.job import Job
 from app.core.kinds import KINDS, kind_of
 from app.core.machine.inputs import Observed
 from app.core.orphan import OrphanJob
+from app.core.plan import Guest, Parent, Survey
 from app.drivers.qmp import graph, replies
 from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
@@ -90,11 +91,44 @@ class QmpRunner:
         """Whether QEMU itself ended the connection, and had not told by then that the job was about to take effect."""
         return self._connection.heard_all and not self._events.was_leaving(job_id)
 
-    async def guest_running(self) -> bool:
-        """Whether the guest's processors run (QAPI `query-status`)."""
+    async def guest(self) -> Guest:
+        """What QEMU says of its guest (QAPI `query-status`, `query-migrate`)."""
         if "query-status" not in self._commands:
-            return bool(await self._connection.ask(replies.COMMANDS))
-        return await self._connection.ask(replies.STATUS)
+            await self._connection.ask(replies.COMMANDS)
+            return Guest.RUNNING
+        if replies.MIGRATION.command not in self._commands:
+            return replies.guest(await self._connection.ask(replies.STATUS), None)
+        status, migration = await asyncio.gather(
+            self._connection.ask(replies.STATUS), self._connection.ask(replies.MIGRATION)
+        )
+        return replies.guest(status, migration)
+
+    async def survey(self, probe: Sequence[str]) -> Survey:
+        """What QEMU says before a job (QAPI `x-debug-query-block-graph`, `query-block-exports`; HMP `qemu-io`)."""
+        # All at once: next to the merge of a small layer, each wait for a reply shows.
+        guest, parents, words = await asyncio.gather(
+            self.guest(), self._parents(), asyncio.gather(*(self._reopened(node) for node in probe))
+        )
+        unwritable = {node: said for node, said in zip(probe, words, strict=True) if said}
+        return Survey(guest=guest, parents=parents, unwritable=unwritable)
+
+    async def _parents(self) -> Mapping[str, tuple[Parent, ...]]:
+        if replies.GRAPH.command not in self._commands:
+            return {}
+        if replies.EXPORTS.command not in self._commands:
+            return graph.parents(await self._connection.ask(replies.GRAPH), ())
+        block_graph, exports = await asyncio.gather(
+            self._connection.ask(replies.GRAPH), self._connection.ask(replies.EXPORTS)
+        )
+        return graph.parents(block_graph, exports)
+
+    async def _reopened(self, node: str) -> str:
+        """What QEMU says against opening a node for writing; it is open as before afterwards."""
+        lines = (f'qemu-io "{node}" "reopen -{mode}"' for mode in "wr")
+        said, _ = await asyncio.gather(
+            *(self._connection.ask(replies.MONITOR_TEXT, {"command-line": line}) for line in lines)
+        )
+        return said.strip()
 
     async def disks(self) -> tuple[Disk, ...]:
         """The domain's disks and their chains, as they are now."""
@@ -107,7 +141,7 @@ class QmpRunner:
             if any(layer.identity is None for disk in disks for layer in disk.layers):
                 # A process that ends holds no file any more. What it had open would seem to be no file of its own, and
                 # a job planned by that could never be proven to have ended well.
-                await self.guest_running()
+                await self.guest()
             return disks
         raise Declined(Problem(code=Code.QEMU_ERROR, detail="the block graph changes while it is read; try again"))
 

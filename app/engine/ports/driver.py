@@ -12,6 +12,7 @@ from app.core.evidence import Process
 from app.core.job import Job
 from app.core.machine.inputs import Observed
 from app.core.orphan import OrphanJob
+from app.core.plan import Guest, Survey
 
 
 class MonitorError(Exception):
@@ -84,8 +85,12 @@ class Runner(Protocol):
         """Whether QEMU itself ended the connection, and had not told by then that the job was about to take effect."""
         ...
 
-    async def guest_running(self) -> bool:
-        """Whether the guest's processors run (QAPI `query-status`); also the heartbeat."""
+    async def guest(self) -> Guest:
+        """What QEMU says of its guest (QAPI `query-status`, `query-migrate`); also the heartbeat."""
+        ...
+
+    async def survey(self, probe: Sequence[str]) -> Survey:
+        """What QEMU says before a job. The nodes to `probe` are opened for writing and for reading again."""
         ...
 
     async def disks(self) -> tuple[Disk, ...]:

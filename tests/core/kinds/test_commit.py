@@ -440,9 +440,17 @@ def test_a_qcow2_base_has_room_for_everything(blocks: int, cluster: int) -> None
 
 
 def test_new_data_in_a_qcow2_base_brings_tables() -> None:
-    """Little data may need every table: a 1 GiB image has two L2 tables, an L1, a header and refcounts."""
+    """A cluster needs a table at most: a 1 GiB image has two L2 tables, an L1, a header and refcounts."""
     base = replace(LAYERS[3], actual_size=0)
-    assert growth(base, Facts(bytes_to_copy=65536, new_bytes=65536)) == 65536 + 7 * 65536
+    assert growth(base, Facts(bytes_to_copy=65536, new_bytes=65536)) == 65536 + 6 * 65536
+    assert growth(base, Facts(bytes_to_copy=131072, new_bytes=131072)) == 131072 + 7 * 65536
+
+
+def test_a_thin_base_does_not_need_all_of_its_tables() -> None:
+    """2 MiB in 4 TiB take their own tables, not those of all of the disk."""
+    size = 4096 * GIB
+    base = replace(LAYERS[3], virtual_size=size, actual_size=0)
+    assert growth(base, Facts(bytes_to_copy=2 << 20, new_bytes=2 << 20), top_size=size) < 8 << 20
 
 
 def test_a_qcow2_base_does_not_grow_beyond_its_full_size() -> None:

@@ -46,7 +46,10 @@ class Wrong(Enum):
 
 
 RUNNER: Final = frozenset(
-    {"disks", "observe", "start", "pivot", "abort", "pause", "resume", "set_speed", "finalize", "flush", "conclude"}
+    {
+        *("disks", "survey", "observe", "start", "pivot", "abort", "pause"),
+        *("resume", "set_speed", "finalize", "flush", "conclude"),
+    }
 )
 IMAGES: Final = frozenset(
     {

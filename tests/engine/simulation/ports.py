@@ -13,6 +13,7 @@ from app.core.job import Job
 from app.core.kinds import KINDS, kind_of
 from app.core.machine.inputs import Observed
 from app.core.orphan import OrphanJob
+from app.core.plan import Guest, Survey
 from app.engine.ports.driver import Address, DriverCapabilities, QemuFacts, Unanswered, Unreachable
 from tests.engine.simulation.blockjob import QemuRefuses
 from tests.engine.simulation.life import Life
@@ -91,9 +92,15 @@ class SimRunner:
         except TimeoutError:
             raise Unanswered(f"QEMU has not answered {what} for {TIMEOUT:.0f} s") from None
 
-    async def guest_running(self) -> bool:
-        """Whether the guest's processors run."""
-        return bool(await self._ask("observe-guest", lambda _qemu: True))
+    async def guest(self) -> Guest:
+        """What QEMU says of its guest."""
+        await self._ask("observe-guest", lambda _qemu: True)
+        return Guest.RUNNING
+
+    async def survey(self, probe: Sequence[str]) -> Survey:
+        """What QEMU says before a job."""
+        await self._ask(f"survey {' '.join(probe)}", lambda _qemu: True)
+        return Survey()
 
     async def disks(self) -> tuple[Disk, ...]:
         """The domain's disks and their chains, as they are now."""

@@ -1,0 +1,167 @@
+"""What stands in the way of a merge, and in which order it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app.core.chain import Disk, Layer
+from app.core.errors import Code, Problem
+from app.core.headers import HeaderFacts
+from app.core.kinds import commit
+from app.core.kinds.commit import CommitRequest
+from app.core.plan import Facts, Guest, Parent, Plan, Survey
+from tests.core.samples import FILES, GIB, LAYERS, disk, plan, request, selection
+
+BELOW = request(top="vda[1]")
+ACTIVE = request(flags=["active"])
+
+
+def layers(**changed: Mapping[str, Any]) -> Disk:
+    """The sample disk, with other fields of the layers named by their nodes."""
+    found: list[Layer] = [replace(layer, **changed.get(layer.node, {})) for layer in LAYERS]
+    return disk(*found)
+
+
+def code(asked: CommitRequest, on: Disk | None = None, **facts: Any) -> Code | None:
+    """The code under which the request is refused; None if it is not."""
+    planned = commit.plan(selection(asked, on), Facts(free=100 * GIB, header=HeaderFacts(room=1023), **facts))
+    return planned.code if isinstance(planned, Problem) else None
+
+
+def graph(*edges: tuple[str, str, str, str]) -> Survey:
+    """What QEMU says of these parents: (node, kind, name, role), besides the disk's own chain."""
+    own = [("n3", "block-backend", "virtio0", "root"), ("n2", "block-driver", "n3", "backing")]
+    own += [("n1", "block-driver", "n2", "backing"), ("n0", "block-driver", "n1", "backing")]
+    parents: dict[str, tuple[Parent, ...]] = {}
+    for node, *parent in (*own, *edges):
+        parents[node] = (*parents.get(node, ()), Parent(*parent))
+    return Survey(parents=parents)
+
+
+EXPORT = ("block-backend", "export exp0", "root")
+OVERLAY = ("block-driver", "ov", "backing")
+FILTER = ("block-driver", "filter", "file")
+
+
+@pytest.mark.parametrize(
+    ("edges", "asked", "expected"),
+    [
+        ([], BELOW, None),
+        ([("n0", *EXPORT)], BELOW, Code.IMAGE_SHARED),
+        ([("n0", *OVERLAY)], ACTIVE, Code.IMAGE_SHARED),
+        ([("n1", *OVERLAY)], BELOW, Code.IMAGE_SHARED),
+        ([("n1", *EXPORT)], BELOW, Code.NODE_IN_USE),
+        ([("n2", *EXPORT)], BELOW, None),
+        ([("n2", *EXPORT)], ACTIVE, Code.NODE_IN_USE),
+        ([("n2", *OVERLAY)], BELOW, Code.NODE_IN_USE),
+        ([("n3", *EXPORT)], ACTIVE, None),
+        ([("n3", *OVERLAY)], ACTIVE, Code.NODE_IN_USE),
+        ([("n1", *FILTER)], BELOW, None),
+        ([("n1", *FILTER), ("filter", *EXPORT)], BELOW, Code.NODE_IN_USE),
+        ([("n0", *FILTER), ("filter", *FILTER), ("filter", *OVERLAY)], BELOW, Code.IMAGE_SHARED),
+        ([("n0", "block-job", "backup", "main node")], BELOW, None),
+    ],
+)
+def test_others_in_the_graph(edges: list[Any], asked: CommitRequest, expected: Code | None) -> None:
+    """Who reads the base would read other data; who uses a node that the merge takes out is in its way."""
+    assert code(asked, survey=graph(*edges)) is expected
+
+
+def test_a_filter_of_the_chain_is_none_of_the_others() -> None:
+    """The disk's own filter is above its layer, and its overlay above the filter."""
+    survey = Survey(
+        parents={
+            "n1": (Parent("block-driver", "own", "file"),),
+            "own": (Parent("block-driver", "n2", "backing"),),
+        }
+    )
+    assert code(BELOW, layers(n1={"filters": ("own",)}), survey=survey) is None
+
+
+@pytest.mark.parametrize("guest", Guest)
+def test_a_guest_that_is_elsewhere(guest: Guest) -> None:
+    """Neither the QEMU that it leaves nor the one that it goes to may change its images; a lock is the other's."""
+    moved = guest in (Guest.MIGRATING, Guest.INCOMING)
+    assert code(BELOW, survey=Survey(guest=guest)) is (Code.DOMAIN_MIGRATING if moved else None)
+    expected = Code.DOMAIN_MIGRATING if moved else Code.IMAGE_LOCKED
+    assert code(BELOW, survey=Survey(guest=guest), locked=True) is expected
+
+
+@pytest.mark.parametrize(
+    ("unwritable", "asked", "expected"),
+    [
+        ({"n0": "Block node is read-only"}, BELOW, Code.IMAGE_READ_ONLY),
+        ({"n0": 'Failed to get "write" lock'}, BELOW, Code.IMAGE_LOCKED),
+        ({"n3": "Permission denied"}, BELOW, Code.OVERLAY_NOT_WRITABLE),
+        ({"n3": "Permission denied"}, ACTIVE, None),
+    ],
+)
+def test_who_can_not_be_written(unwritable: dict[str, str], asked: CommitRequest, expected: Code | None) -> None:
+    """The base and the overlay are written to, and nothing else."""
+    assert code(asked, survey=Survey(unwritable=unwritable)) is expected
+
+
+def test_what_is_probed() -> None:
+    """What QEMU has open for reading and will have to write to; bitmaps would be written by the probe itself."""
+    on = layers(n3={"read_only": True}, n2={"read_only": True}, n0={"read_only": True})
+    assert commit.inquiry(selection(BELOW, on)).probe == ("n0", "n3")
+    assert commit.inquiry(selection(ACTIVE, on)).probe == ("n0",)
+    assert commit.inquiry(selection(BELOW, layers(n0={"read_only": True, "bitmaps": ("b",)}))).probe == ()
+
+
+@pytest.mark.parametrize(("node", "refused"), [("n3", False), ("n2", True), ("n1", True), ("n0", True)])
+def test_a_corrupt_image(node: str, *, refused: bool) -> None:
+    """The base and the merged images are looked at; the overlay stays as it is."""
+    assert code(BELOW, layers(**{node: {"corrupt": True}})) is (Code.IMAGE_CORRUPT if refused else None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "expected"),
+    [
+        ((4, 2, 4, 4), BELOW, Code.SIZES_UNSAFE),
+        ((2, 2, 4, 4), BELOW, None),
+        ((4, 2, 4, 2), BELOW, None),
+        ((4, 4, 2, 4), BELOW, None),
+        ((2, 4, 4, 4), ACTIVE, None),
+    ],
+)
+def test_a_short_top(sizes: tuple[int, ...], asked: CommitRequest, expected: Code | None) -> None:
+    """A `top` that ends before the base and the overlay do hides what the base holds there."""
+    changed = {node: {"virtual_size": size * GIB} for node, size in zip(("n3", "n2", "n1", "n0"), sizes, strict=True)}
+    assert code(asked, layers(**changed)) is expected
+
+
+@pytest.mark.parametrize(
+    ("base", "device", "expected"),
+    [
+        ({}, False, None),
+        ({"format": "raw"}, False, None),
+        ({"format": "raw"}, True, Code.BASE_CANNOT_GROW),
+        ({}, True, None),
+        ({"format": "vmdk"}, False, Code.BASE_CANNOT_GROW),
+        ({"version_2": True}, False, None),
+        ({"version_2": True, "snapshots": 1}, False, Code.BASE_CANNOT_GROW),
+        ({"snapshots": 1}, False, None),
+        ({"format": "raw", "name": 'json:{"driver":"raw","size":512}'}, False, Code.BASE_CANNOT_GROW),
+    ],
+)
+def test_a_base_that_has_to_grow(base: dict[str, Any], expected: Code | None, *, device: bool) -> None:
+    """Some images can't be made longer."""
+    on = layers(n0=base | {"virtual_size": GIB // 2})
+    assert code(ACTIVE, on, written_is_device=device) is expected
+    assert code(ACTIVE, layers(n0=base), written_is_device=device) is None
+
+
+def test_what_is_lost() -> None:
+    """Internal snapshots and bitmaps are no part of a merge; an image with snapshots is not deleted."""
+    on = layers(n2={"snapshots": 2}, n1={"bitmaps": ("daily", "weekly")}, n0={"snapshots": 1, "bitmaps": ("kept",)})
+    made = plan(request(top="vda[1]", flags=["delete"]), on)
+    found = {warning.code: warning.detail for warning in made.warnings}
+    assert "2 internal snapshots" in found["internal-snapshots-lost"]
+    assert "daily, weekly" in found["bitmaps-lost"]
+    assert (made.deletes, [left.file for left in made.spec.undeletable]) == ((FILES[2],), [FILES[1]])
+    assert isinstance(made, Plan)
