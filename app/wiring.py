@@ -21,7 +21,7 @@ from app.api.server import Server
 from app.core.outgoing import SCHEDULE, new_secret
 from app.core.reconcile import JOB_PREFIX
 from app.drivers.qmp.discovery import SocketDiscovery
-from app.drivers.qmp.runner import QmpDriver
+from app.drivers.qmp.driver import QmpDriver
 from app.engine.budget import Budget
 from app.engine.domains import DomainDirectory
 from app.engine.hub import Hub

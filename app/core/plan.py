@@ -40,12 +40,13 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What QEMU says before a job that no reading of the disks shows.
+    """What QEMU says before a job that no reading of the disks shows. `version` is QEMU's own.
 
     `parents` are by node, and empty where QEMU does not tell. `unwritable` are those of the nodes asked about that QEMU
     can't open for writing, each with its words.
     """
 
+    version: tuple[int, int, int] = (0, 0, 0)
     guest: Guest = Guest.RUNNING
     parents: Mapping[str, tuple[Parent, ...]] = field(default_factory=dict[str, "tuple[Parent, ...]"])
     unwritable: Mapping[str, str] = field(default_factory=dict[str, str])

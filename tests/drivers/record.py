@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
 
-from app.drivers.qmp.runner import NEEDED
+from app.drivers.qmp.driver import NEEDED
 from tests.support.chains import build_chain, explicit_nodes
 from tests.support.qemu import Qemu
 
@@ -36,7 +36,7 @@ ARGUMENTS: Final[dict[str, dict[str, object]]] = {
     "query-migrate": {},
     "query-block-exports": {},
 }
-UNUSED: Final = ("backing-image", "cache", "dirty-bitmaps", "stats", "timed_stats")
+UNUSED: Final = ("cache", "dirty-bitmaps", "stats", "timed_stats")
 EVENTS: Final = ("JOB_STATUS_CHANGE", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_READY")
 
 

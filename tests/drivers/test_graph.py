@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +14,7 @@ from app.core.chain import Disk
 from app.core.kinds import Spec, adopt
 from app.core.plan import Plan
 from app.drivers.qmp import graph, replies
+from app.drivers.qmp.blocks import Device, Node
 from app.drivers.qmp.replies import BlockGraph, GraphEdge, GraphNode
 
 REPLIES: Final[dict[str, Any]] = json.loads(Path(__file__).with_name("qemu-7.2.json").read_text())["replies"]
@@ -22,14 +25,10 @@ JOB: Final = replies.BlockJob(id="bj-9", type="commit", status="running", io_sta
 @pytest.fixture
 def disks() -> tuple[Disk, ...]:
     """The recorded disk n2 over n1 over n0, and a drive without a medium."""
-    return graph.read_disks(
-        devices=replies.DEVICES.read(REPLIES["query-block"]),
-        stats=replies.STATS.read(REPLIES["query-blockstats"]),
-        nodes=NODES,
-        graph=None,
-        prefixes={},
-        folder=None,
-    )
+    devices, names = replies.DEVICES.read(REPLIES["query-block"]), dict[str, str]()
+    graph.name_devices(devices, {}, names)
+    stats = replies.STATS.read(REPLIES["query-blockstats"])
+    return graph.read_disks(devices=devices, stats=stats, nodes=NODES, graph=None, names=names, folder=None)
 
 
 def orphan(disks: tuple[Disk, ...], *edges: tuple[str, str, str]) -> Plan[Spec] | None:
@@ -111,3 +110,75 @@ def test_files_that_carry_each_other(disks: tuple[Disk, ...]) -> None:
     found = orphan(short, ("bj-9", "n0", "base"), ("bj-9", "n1", "intermediate node"), *circle)
     assert found is not None
     assert len(found.disk.layers[1].below) == len(circle)
+
+
+def device(qdev: str) -> Device:
+    """A device without a medium."""
+    return Device(backend="", qdev=qdev, medium=None)
+
+
+def test_a_name_stays_with_its_device() -> None:
+    """When others go, a device keeps its name, and nobody gets the name of one that has gone."""
+    names: dict[str, str] = {}
+    prefixes = dict.fromkeys(("a", "b", "c", "d"), "sd") | {"v": "vd"}
+    graph.name_devices([device("a"), device("b"), device("v")], prefixes, names)
+    assert names == {"a": "sda", "b": "sdb", "v": "vda"}
+    graph.name_devices([device("b"), device("v")], prefixes, names)
+    graph.name_devices([device("c"), device("b"), device("v"), device("d")], prefixes, names)
+    assert names == {"a": "sda", "b": "sdb", "v": "vda", "c": "sdc", "d": "sdd"}
+    graph.name_devices([device("a")], prefixes, names)
+    assert names["a"] == "sda"
+
+
+def test_drives_without_a_device_are_told_apart() -> None:
+    """A backend alone has a name as well."""
+    names: dict[str, str] = {}
+    graph.name_devices([Device("one", None, None), Device("two", None, None)], {}, names)
+    assert names == {"drive one": "xda", "drive two": "xdb"}
+
+
+@pytest.mark.parametrize("known", [NODES, {}])
+def test_chains_without_the_nodes(disks: tuple[Disk, ...], known: Mapping[str, Node]) -> None:
+    """While the nodes can't be asked for, the images of the devices tell the same chain, but for its filters' kind."""
+    devices, stats = replies.DEVICES.read(REPLIES["query-block"]), replies.STATS.read(REPLIES["query-blockstats"])
+    nodes = graph.nodes_of_images(devices, stats, known)
+    names: dict[str, str] = {}
+    graph.name_devices(devices, {}, names)
+    found = graph.read_disks(devices=devices, stats=stats, nodes=nodes, graph=None, names=names, folder=None)
+    assert [disk.nodes for disk in found] == [disk.nodes for disk in disks]
+    assert [disk.files for disk in found] == [disk.files for disk in disks]
+    assert [disk.digest for disk in found] == [disk.digest for disk in disks]
+
+
+def test_fewer_images_than_nodes() -> None:
+    """Replies of different moments don't fit together."""
+    devices, stats = replies.DEVICES.read(REPLIES["query-block"]), replies.STATS.read(REPLIES["query-blockstats"])
+    short = [
+        replace(each, medium=replace(each.medium, images=each.medium.images[:1])) if each.medium else each
+        for each in devices
+    ]
+    with pytest.raises(graph.Torn):
+        graph.nodes_of_images(short, stats, NODES)
+
+
+def test_who_has_a_node_below_itself() -> None:
+    """Exports are called by their ids, and what has no name is said to have none."""
+    block_graph = BlockGraph(
+        nodes={
+            1: GraphNode(id=1, type="block-backend", name=""),
+            2: GraphNode(id=2, type="block-backend", name=""),
+            3: GraphNode(id=3, type="block-driver", name="top"),
+            4: GraphNode(id=4, type="block-driver", name="base"),
+        },
+        edges=(
+            GraphEdge(parent=1, child=4, name="root"),
+            GraphEdge(parent=2, child=4, name="root"),
+            GraphEdge(parent=3, child=4, name="backing"),
+        ),
+    )
+    found = graph.parents(block_graph, (replies.Export(id="exp0", node="base"),))
+    assert [(parent.kind, parent.name, parent.role) for parent in found["base"]] == [
+        ("block-backend", "export exp0", "root"),
+        ("block-backend", "an unnamed user", "root"),
+        ("block-driver", "top", "backing"),
+    ]

@@ -89,7 +89,9 @@ def test_values() -> None:
         id="bj-2", type="commit", status="running", io_status="ok", speed=1
     )
     disk, empty = read("query-block", recorded("query-block"))
-    assert disk.medium == replies.Medium(node="n2", read_only=False)
+    assert disk.medium is not None
+    assert (disk.medium.node, disk.medium.read_only) == ("n2", False)
+    assert [image.file for image in disk.medium.images] == [image.file for image in disk.medium.images]
     assert (empty.backend, empty.medium) == ("", None)
     nodes = read("query-named-block-nodes", recorded("query-named-block-nodes"))
     assert (nodes["n1"].driver, nodes["n1"].virtual_size, nodes["n1"].cluster_size) == ("qcow2", 4 << 20, 65536)
@@ -442,7 +444,9 @@ def all_disks(said: dict[str, Any]) -> Any:
     """The disks that raw replies make, and the plan by which the first block job is adopted."""
     devices, stats = replies.DEVICES.read(said["query-block"]), replies.STATS.read(said["query-blockstats"])
     nodes, edges = replies.NODES.read(said["query-named-block-nodes"]), replies.GRAPH.read(said[replies.GRAPH.command])
-    disks = graph.read_disks(devices=devices, stats=stats, nodes=nodes, graph=edges, prefixes={}, folder="/images")
+    names: dict[str, str] = {}
+    graph.name_devices(devices, {}, names)
+    disks = graph.read_disks(devices=devices, stats=stats, nodes=nodes, graph=edges, names=names, folder="/images")
     orphan = None
     for job in reversed(replies.BLOCK_JOBS.read(said["query-block-jobs"])):
         orphan = adopt(graph.read_orphan(job, disks=disks, nodes=nodes, graph=edges, folder=None))

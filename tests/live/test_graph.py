@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from app.drivers.qmp import graph, replies
-from app.drivers.qmp.runner import NODES_SAFE, QmpDriver, QmpRunner
-from app.engine.ports.driver import Address, Declined
+from app.drivers.qmp.driver import QmpDriver
+from app.drivers.qmp.runner import QmpRunner
+from app.engine.ports.driver import Address
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 
@@ -51,17 +52,14 @@ def test_a_concluded_stream_hurts_nobody(tmp_path: Path) -> None:
 
 
 def test_connecting_to_a_concluded_stream(tmp_path: Path) -> None:
-    """Who connects only then is refused the disks, with the job that is in the way, until that is dismissed."""
+    """Who connects only then sees the chain too, though the nodes can't be asked for until that job is dismissed."""
     chain = build_chain(tmp_path, 3)
     with Qemu(tmp_path / "vm.qmp", blockdev(chain)) as qemu:
         end_of_stream(qemu, base="n0")
 
         async def story() -> None:
             monitor = await connect(qemu)
-            if int(monitor.facts.version.split(".")[0]) < NODES_SAFE:
-                with pytest.raises(Declined) as declined:
-                    await monitor.disks()
-                assert declined.value.problem.extra == {"job": "pull"}
+            assert (await monitor.disks())[0].files == (chain.files[0], chain.files[2])
             await monitor.conclude("pull")
             assert (await monitor.disks())[0].files == (chain.files[0], chain.files[2])
             await monitor.close()
@@ -78,9 +76,11 @@ def test_replies_of_different_moments(tmp_path: Path) -> None:
         stats = replies.STATS.read(qemu.qmp("query-blockstats"))
         nodes: list[dict[str, Any]] = qemu.qmp("query-named-block-nodes", flat=True)
     by_name = replies.NODES.read(nodes)
-    whole = graph.read_disks(devices=devices, stats=stats, nodes=by_name, graph=None, prefixes={}, folder=None)
+    names: dict[str, str] = {}
+    graph.name_devices(devices, {}, names)
+    whole = graph.read_disks(devices=devices, stats=stats, nodes=by_name, graph=None, names=names, folder=None)
     assert whole[0].files == tuple(chain.files), json.dumps(nodes)
     for gone in ("n0", "n1", "n2"):
         left = {name: node for name, node in by_name.items() if name != gone}
         with pytest.raises(graph.Torn):
-            graph.read_disks(devices=devices, stats=stats, nodes=left, graph=None, prefixes={}, folder=None)
+            graph.read_disks(devices=devices, stats=stats, nodes=left, graph=None, names=names, folder=None)

@@ -18,8 +18,9 @@ import pytest
 from app.core.chain import Disk
 from app.core.evidence import Process
 from app.core.plan import Guest
+from app.drivers.qmp.driver import NEEDED, QmpDriver
 from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS
-from app.drivers.qmp.runner import NEEDED, QmpDriver, QmpRunner
+from app.drivers.qmp.runner import QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
 from app.hostfs.identity import with_files
 from app.hostfs.process import start_time

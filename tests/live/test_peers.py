@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import pytest
 
-from app.drivers.qmp.runner import NEEDED
+from app.drivers.qmp.driver import NEEDED
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service

@@ -10,13 +10,16 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Final
 
 from app.core.chain import Disk, Layer
 from app.core.headers import meaning
 from app.core.orphan import OrphanJob
 from app.core.plan import Parent
-from app.drivers.qmp.replies import BlockGraph, BlockJob, Device, Export, Node, Stats
+from app.drivers.qmp.blocks import Device, Node, Stats
+from app.drivers.qmp.replies import BlockGraph, BlockJob, Export
 
 FILTERS: Final = frozenset(
     {
@@ -67,29 +70,67 @@ def target_name(prefix: str, number: int) -> str:
     return prefix + letters
 
 
+def key_of(device: Device) -> str:
+    """What a device is told from others by, for the life of the process."""
+    return device.qdev or f"drive {device.backend}"
+
+
+def name_devices(devices: Sequence[Device], prefixes: Mapping[str, str], names: dict[str, str]) -> None:
+    """Give each device that has none in `names` a target name that no device has ever had.
+
+    `prefixes` maps a device (as query-block names it) to the beginning of its name. A device keeps its name when others
+    go, and nobody gets the name of one that has gone: a script that knows the name would work on another disk.
+    """
+    taken = set(names.values())
+    for device in devices:
+        if key_of(device) not in names:
+            prefix = prefixes.get(device.qdev or "", "xd")
+            number = next(number for number in count() if target_name(prefix, number) not in taken)
+            names[key_of(device)] = target_name(prefix, number)
+            taken.add(names[key_of(device)])
+
+
+def nodes_of_images(devices: Sequence[Device], stats: Sequence[Stats], known: Mapping[str, Node]) -> dict[str, Node]:
+    """The nodes of all chains from what query-block says of their images, which is safe to ask at any time.
+
+    It lists the same nodes as query-blockstats, in the same order, and without their names. `known` are nodes as they
+    were before, of which those stay that are in no chain. Raises `Torn`.
+    """
+    nodes = dict(known)
+    by_device = {(entry.backend, entry.qdev): entry for entry in stats}
+    for device in devices:
+        at = by_device.get((device.backend, device.qdev)) if device.medium else None
+        for image in device.medium.images if device.medium else ():
+            if at is None:
+                raise Torn
+            name = at.node or ""
+            nodes[name] = replace(image, name=name, read_only=known[name].read_only if name in known else True)
+            at = at.backing or at.carrier if image.driver in FILTERS else at.backing
+        if at is not None:
+            raise Torn
+    return nodes
+
+
 def read_disks(
     *,
     devices: Sequence[Device],
     stats: Sequence[Stats],
     nodes: Mapping[str, Node],
     graph: BlockGraph | None,
-    prefixes: Mapping[str, str],
+    names: Mapping[str, str],
     folder: str | None,
 ) -> tuple[Disk, ...]:
     """The disks, in QEMU's order.
 
     `devices`, `stats`, `nodes` are what query-block, query-blockstats and query-named-block-nodes (flat) return,
-    `graph` what x-debug-query-block-graph does (None: no job runs). `prefixes` maps a device (as query-block names it)
-    to the beginning of its target name; `folder` is QEMU's working directory. Raises `Torn`.
+    `graph` what x-debug-query-block-graph does (None: no job runs). `names` are the target names of the devices, by
+    `key_of`; `folder` is QEMU's working directory. Raises `Torn`.
     """
     by_device = {(entry.backend, entry.qdev): entry for entry in stats}
-    counts: dict[str, int] = {}
     disks: list[Disk] = []
     for device in devices:
         backend, qdev, medium = device.backend, device.qdev, device.medium
-        prefix = prefixes.get(qdev or "", "xd")
-        name = target_name(prefix, counts.get(prefix, 0))
-        counts[prefix] = counts.get(prefix, 0) + 1
+        name = names[key_of(device)]
         root = by_device.get((backend, qdev)) if medium else None
         node = medium.node if medium else None
         aliases = [alias for alias in (device_id(qdev), backend, node) if alias and alias != name]
@@ -139,8 +180,9 @@ def _layer(
 ) -> Layer:
     carrier = nodes.get(below[-1], node) if below else node
     file = _path(carrier.file, folder)
-    if node.data_file is not None:
-        # The node's file is where its data is; its header is elsewhere, and its name is that of the header's file.
+    if node.data_file is not None or carrier is node:
+        # The node below is where the data is, and the header is elsewhere; or no node below is known. QEMU's name of
+        # the image tells of the header's file.
         means = meaning(node.file, overlay="", folder=folder)
         file = means.path if means is not None and means.path is not None else node.file
     return Layer(

@@ -14,13 +14,13 @@ from typing import Final
 from app.core.errors import CANCELED
 from app.core.job import Progress
 from app.core.plan import Guest
+from app.drivers.qmp import blocks
 from app.drivers.qmp.checks import (
     Members,
     Query,
     Wrong,
     any_integer,
     boolean,
-    cluster,
     count,
     list_of,
     member,
@@ -32,143 +32,6 @@ from app.drivers.qmp.checks import (
     text,
     tree,
 )
-
-# Disks and nodes -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Medium:
-    """What is in a device (QAPI `BlockDeviceInfo`): its root node."""
-
-    node: str
-    read_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device of query-block (QAPI `BlockInfo`). `backend` is empty for a node that `-blockdev` made."""
-
-    backend: str
-    qdev: str | None
-    medium: Medium | None
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Stats:
-    """A node of query-blockstats (QAPI `BlockStats`), for its place among the others.
-
-    `carrier` is the node of its file (QAPI `parent`), `backing` is the node below. Python compares and prints values
-    by recursion, for which a chain may be too long, so these are neither compared nor printed.
-    """
-
-    backend: str
-    qdev: str | None
-    node: str | None
-    carrier: Stats | None
-    backing: Stats | None
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A node of query-named-block-nodes (QAPI `BlockDeviceInfo`, and `ImageInfo` in it). Sizes are in bytes."""
-
-    name: str
-    driver: str
-    file: str
-    virtual_size: int
-    actual_size: int | None
-    cluster_size: int | None
-    backing: str | None
-    backing_format: str | None
-    data_file: str | None = None
-    corrupt: bool = False
-    snapshots: int = 0
-    bitmaps: tuple[str, ...] = ()
-    version_2: bool = False
-    read_only: bool = False
-
-
-def _medium(value: object) -> Medium:
-    of = members(value)
-    return Medium(member(of, "node-name", name), member(of, "ro", boolean))
-
-
-def _device(value: object) -> Device:
-    of = members(value)
-    return Device(optional(of, "device", name) or "", optional(of, "qdev", path), optional(of, "inserted", _medium))
-
-
-def _node(value: object) -> Node:
-    of = members(value)
-    image = member(of, "image", members)
-    try:
-        virtual_size = member(image, "virtual-size", count)
-        actual_size = optional(image, "actual-size", count)
-        cluster_size = optional(image, "cluster-size", cluster)
-        backing = optional(image, "backing-filename", path)
-        backing_format = optional(image, "backing-filename-format", name)
-        snapshots = optional(image, "snapshots", list_of(members)) or ()
-        specific = optional(image, "format-specific", _specific)
-    except Wrong as wrong:
-        wrong.places.append(".image")
-        raise
-    return Node(
-        member(of, "node-name", name),
-        member(of, "drv", name),
-        member(of, "file", path),
-        virtual_size,
-        actual_size,
-        cluster_size,
-        backing,
-        backing_format,
-        specific.data_file if specific else None,
-        specific is not None and specific.corrupt,
-        len(snapshots),
-        specific.bitmaps if specific else (),
-        specific is not None and specific.version_2,
-        optional(of, "ro", boolean) or False,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Specific:
-    """What the format of a node's image says (QAPI `ImageInfoSpecificQCow2`)."""
-
-    data_file: str | None = None
-    corrupt: bool = False
-    bitmaps: tuple[str, ...] = ()
-    version_2: bool = False
-
-
-def _specific(value: object) -> _Specific:
-    of = members(value)
-    if optional(of, "type", name) != "qcow2":
-        return _Specific()
-    data = member(of, "data", members)
-    bitmaps = optional(data, "bitmaps", list_of(_bitmap)) or ()
-    return _Specific(
-        data_file=optional(data, "data-file", path),
-        corrupt=optional(data, "corrupt", boolean) or False,
-        bitmaps=tuple(bitmaps),
-        version_2=optional(data, "compat", name) == "0.10",
-    )
-
-
-def _bitmap(value: object) -> str:
-    return member(members(value), "name", text)
-
-
-_nodes = list_of(_node)
-
-
-def _nodes_by_name(value: object) -> Mapping[str, Node]:
-    return {node.name: node for node in _nodes(value)}
-
-
-def _stat(of: Members, below: Mapping[str, Stats]) -> Stats:
-    backend, qdev, node = optional(of, "device", name), optional(of, "qdev", path), optional(of, "node-name", name)
-    return Stats(backend or "", qdev, node, below.get("parent"), below.get("backing"))
-
 
 # Jobs ----------------------------------------------------------------------------------------------------------------
 
@@ -346,10 +209,10 @@ def _export(value: object) -> Export:
 
 EXPORTS: Final = Query("query-block-exports", list_of(_export))
 
-DEVICES: Final = Query("query-block", list_of(_device))
-STATS: Final = Query("query-blockstats", list_of(tree(("parent", "backing"), _stat)))
+DEVICES: Final = Query("query-block", list_of(blocks.device))
+STATS: Final = Query("query-blockstats", list_of(tree(("parent", "backing"), blocks.stat)))
 
-NODES: Final = Query("query-named-block-nodes", _nodes_by_name)
+NODES: Final = Query("query-named-block-nodes", blocks.nodes_by_name)
 """All nodes by name."""
 
 JOBS: Final = Query("query-jobs", list_of(_job))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -13,69 +12,45 @@ import structlog
 
 from app.core.chain import Disk
 from app.core.errors import Code, Problem
-from app.core.evidence import Process
 from app.core.job import Job
-from app.core.kinds import KINDS, kind_of
+from app.core.kinds import kind_of
 from app.core.machine.inputs import Observed
 from app.core.orphan import OrphanJob
 from app.core.plan import Guest, Parent, Survey
 from app.drivers.qmp import graph, replies
-from app.drivers.qmp.checks import Query
+from app.drivers.qmp.blocks import Node
 from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import QmpEvents
-from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts
+from app.engine.ports.driver import Declined, QemuFacts
 from app.hostfs.identity import with_files
-from app.hostfs.process import alive, folder_of, start_time
+from app.hostfs.process import folder_of
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-NEEDED: Final = (
-    "block-commit",
-    "block-job-cancel",
-    "block-job-set-speed",
-    "blockdev-del",
-    "job-cancel",
-    "job-complete",
-    "job-dismiss",
-    "job-finalize",
-    "job-pause",
-    "job-resume",
-    "qom-get",
-    "query-block",
-    "query-block-jobs",
-    "query-blockstats",
-    "query-jobs",
-    "query-named-block-nodes",
-    "query-status",
-)
-"""The commands without which this service can't work on a domain. A storage daemon lacks query-status."""
-
-LIBVIRT_NODE: Final = re.compile(r"libvirt-\d+-(format|storage)")
-NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
-
 READS: Final = 3
 """How often the disks are read before a graph that changes all the while is given up."""
 
-NODES_SAFE: Final = 10
-"""QEMU's major version from which query-named-block-nodes is known to be harmless at any time.
-
-7.2 crashes at it while a block-stream job has concluded and is not dismissed: the job still holds its filter, which has
-no child any more.
-"""
-
 
 class QmpRunner:
-    """The `Runner` port over a QMP connection."""
+    """The `Runner` port over a QMP connection; `names` are the target names that the devices have had so far."""
 
-    def __init__(self, connection: Connection, facts: QemuFacts, commands: frozenset[str], events: QmpEvents) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        facts: QemuFacts,
+        commands: frozenset[str],
+        events: QmpEvents,
+        names: dict[str, str],
+    ) -> None:
         self.facts = facts
+        self._names = names
         self._connection = connection
         self._commands = commands
         self._events = events
         self._prefixes: dict[str, str] = {}
-        self._nodes: Mapping[str, replies.Node] = {}
+        self._nodes: Mapping[str, Node] = {}
 
     @property
     def connected(self) -> bool:
@@ -110,7 +85,13 @@ class QmpRunner:
             self.guest(), self._parents(), asyncio.gather(*(self._reopened(node) for node in probe))
         )
         unwritable = {node: said for node, said in zip(probe, words, strict=True) if said}
-        return Survey(guest=guest, parents=parents, unwritable=unwritable)
+        version = self._connection.version
+        return Survey(
+            version=(version.major, version.minor, version.micro),
+            guest=guest,
+            parents=parents,
+            unwritable=unwritable,
+        )
 
     async def _parents(self) -> Mapping[str, tuple[Parent, ...]]:
         if replies.GRAPH.command not in self._commands:
@@ -149,26 +130,22 @@ class QmpRunner:
         ask = self._connection.ask
         # All at once: next to the merge of a small layer, each wait for a reply shows.
         unfinished, devices, stats = await asyncio.gather(self._read_nodes(), ask(replies.DEVICES), ask(replies.STATS))
-        stream = _stream(unfinished)
         prefixes = {qdev: await self._prefix(qdev) for device in devices if (qdev := device.qdev)}
+        graph.name_devices(devices, prefixes, self._names)
         running = [job for job in unfinished if job.status not in ("concluded", "null")]
         block_graph = None
         if running and replies.GRAPH.command in self._commands:
             block_graph = await ask(replies.GRAPH)
-        try:
-            disks = graph.read_disks(
-                devices=devices,
-                stats=stats,
-                nodes=self._nodes,
-                graph=block_graph,
-                prefixes=prefixes,
-                folder=folder_of(self.facts.process),
-            )
-        except graph.Torn:
-            if stream is None:
-                raise
-            detail = f"QEMU {self.facts.version} can't be asked about its nodes until its job {stream} is dismissed"
-            raise Declined(Problem(code=Code.JOB_CONFLICT, detail=detail, extra={"job": stream})) from None
+        if _streams(unfinished):
+            self._nodes = graph.nodes_of_images(devices, stats, self._nodes)
+        disks = graph.read_disks(
+            devices=devices,
+            stats=stats,
+            nodes=self._nodes,
+            graph=block_graph,
+            names=self._names,
+            folder=folder_of(self.facts.process),
+        )
         if running and block_graph is None:
             # Nothing says which disk a job works on, so it counts for all of them.
             ids = tuple(job.id for job in running)
@@ -176,9 +153,14 @@ class QmpRunner:
         return disks
 
     async def _read_nodes(self) -> Sequence[replies.BlockJob]:
-        """Read the nodes, unless that is not safe now; QEMU's block jobs, which tell that."""
+        """Read the nodes, unless that is not safe now; QEMU's block jobs, which tell that.
+
+        query-named-block-nodes can end QEMU 7.2, and some later ones, while a block-stream job has concluded and is not
+        dismissed (https://gitlab.com/qemu-project/qemu/-/issues/3149). A cancel or an error concludes a job between two
+        looks, so that command is not sent while one exists, whatever its state is.
+        """
         unfinished = await self._connection.ask(replies.BLOCK_JOBS)
-        if _stream(unfinished) is None or self._connection.version.major >= NODES_SAFE:
+        if not _streams(unfinished):
             self._nodes = await self._connection.ask(replies.NODES, {"flat": True})
         return unfinished
 
@@ -303,62 +285,5 @@ class QmpRunner:
                 raise
 
 
-def _stream(jobs: Sequence[replies.BlockJob]) -> str | None:
-    return next((job.id for job in jobs if job.type == "stream"), None)
-
-
-class QmpDriver:
-    """The `Driver` port; `timeout` is the most seconds that one command may take."""
-
-    def __init__(self, timeout: float) -> None:
-        self.capabilities = DriverCapabilities(kinds=frozenset(KINDS))
-        self._timeout = timeout
-
-    async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
-        """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
-        events = QmpEvents(address, hint)
-        connection = await Connection.open(address, self._timeout, events.take, hint)
-        try:
-            commands = await connection.ask(replies.COMMANDS)
-            return QmpRunner(connection, await _facts(connection, commands), commands, events)
-        except BaseException:
-            await connection.close()
-            raise
-
-    def alive(self, process: Process) -> bool | None:
-        """Whether that very process still runs; None where it can't be seen from here."""
-        return alive(process)
-
-
-async def _facts(connection: Connection, commands: frozenset[str]) -> QemuFacts:
-    uuid = await _ask(connection, replies.UUID)
-    uuid = None if uuid == NO_UUID else uuid
-    pid = connection.pid
-    return QemuFacts(
-        name=await _ask(connection, replies.NAME),
-        uuid=uuid,
-        version=str(connection.version),
-        process=Process(pid=pid, started=start_time(pid) if pid else None, uuid=uuid),
-        managed_by="libvirt" if await _is_libvirts(connection) else None,
-        missing=tuple(command for command in NEEDED if command not in commands),
-    )
-
-
-async def _is_libvirts(connection: Connection) -> bool:
-    """Whether libvirt started this QEMU: its master key, its monitor, or its names of nodes are there."""
-    objects = await _ask(connection, replies.OBJECTS, {"path": "/objects"}) or ()
-    chardevs = await _ask(connection, replies.CHARDEVS) or ()
-    # Not query-named-block-nodes: see NODES_SAFE.
-    block_graph = await _ask(connection, replies.GRAPH)
-    nodes = block_graph.nodes.values() if block_graph else ()
-    return (
-        "masterKey0" in objects or "charmonitor" in chardevs or any(LIBVIRT_NODE.fullmatch(node.name) for node in nodes)
-    )
-
-
-async def _ask(connection: Connection, query: Query[T], arguments: Mapping[str, object] | None = None) -> T | None:
-    """What a query's reply says, or None where the program does not have the command."""
-    try:
-        return await connection.ask(query, arguments)
-    except Declined:
-        return None
+def _streams(jobs: Sequence[replies.BlockJob]) -> bool:
+    return any(job.type == "stream" for job in jobs)

@@ -165,3 +165,23 @@ def test_what_is_lost() -> None:
     assert "daily, weekly" in found["bitmaps-lost"]
     assert (made.deletes, [left.file for left in made.spec.undeletable]) == ((FILES[2],), [FILES[1]])
     assert isinstance(made, Plan)
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "warned"),
+    [
+        ((7, 2, 22), ACTIVE, False),
+        ((8, 2, 0), ACTIVE, True),
+        ((10, 0, 8), ACTIVE, True),
+        ((10, 0, 8), BELOW, False),
+        ((10, 0, 9), ACTIVE, False),
+        ((10, 1, 2), ACTIVE, True),
+        ((10, 2, 2), ACTIVE, False),
+    ],
+)
+def test_a_defect_of_the_qemu_at_hand(version: tuple[int, int, int], asked: CommitRequest, *, warned: bool) -> None:
+    """A version that is known to lose data in this job is told, with the address of the report."""
+    made = plan(asked, facts=Facts(header=HeaderFacts(room=1023), survey=Survey(version=version)))
+    found = [warning.detail for warning in made.warnings if warning.code == "qemu-known-defect"]
+    assert bool(found) is warned
+    assert all("https://bugs.debian.org/1129349" in detail for detail in found)

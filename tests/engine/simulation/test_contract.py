@@ -18,7 +18,7 @@ from app.core.job import Job, accept
 from app.core.kinds import commit
 from app.core.kinds.commit import CommitFlag, CommitRequest, CommitSelection
 from app.core.plan import Facts, Plan
-from app.drivers.qmp.runner import QmpDriver
+from app.drivers.qmp.driver import QmpDriver
 from app.engine.ports.driver import Address, Declined, Runner
 from tests.engine.simulation.hazards import NONE
 from tests.engine.simulation.life import Life
