@@ -16,7 +16,7 @@ from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, problem_response
 from app.core.errors import Refused
 from app.core.job import Job
-from app.engine.actor import refusal_of
+from app.engine.jobs import refusal_of
 from app.engine.ports.journal import IdempotencyKey, JournalFull, StoredAnswer
 from app.engine.service import Service
 

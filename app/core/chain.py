@@ -23,8 +23,9 @@ class Layer:
     """One image of a backing chain.
 
     Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None.
-    `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev).
-    `folder` is the file's folder with symlinks resolved.
+    `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev). `born` is
+    when the file was made (ns since 1970), None where nobody can tell. `unheld`: the process behind the monitor can be
+    seen, and does not have the file open. `folder` is the file's folder with symlinks resolved.
     `name` is QEMU's own name of the image (`json:{…}` where a path alone does not say all), empty where QEMU was not
     asked. `data_file` is the file that holds the data of an image whose own file holds none of it. `corrupt`,
     `snapshots` (how many internal ones), `bitmaps` (the names of persistent ones) and `version_2` are what a qcow2
@@ -42,6 +43,8 @@ class Layer:
     backing_format: str | None = None
     identity: Identity | None = None
     device: int | None = None
+    born: int | None = None
+    unheld: bool = False
     folder: str | None = None
     cluster_size: int = 65536
     name: str = ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from app.core.chain import Disk, Identity, Layer
-from app.core.sameness import Sameness
+from app.core.sameness import Sameness, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,14 @@ class Image:
 
     `path` is the path in QEMU's view of the file system, or another name that QEMU gives (`nbd://…`, `json:{…}`).
     `identity` is (st_dev, st_ino), and None if the service could not see the file. `device` is the number of a block
-    device (st_rdev), and None if the image is no block device, or could not be seen.
+    device (st_rdev), and None if the image is no block device, or could not be seen. `born` is when the file was made,
+    in ns since 1970, and None if nobody can tell.
     """
 
     path: str
     identity: Identity | None = None
     device: int | None = None
+    born: int | None = None
 
     def __post_init__(self) -> None:
         # QEMU joins the folder of an overlay and the name in its header: `/images/web1/../base.qcow2`. The journal
@@ -43,7 +45,7 @@ class Image:
     @classmethod
     def of(cls, layer: Layer) -> Image:
         """The image of a layer."""
-        return cls(layer.file, layer.identity, layer.device)
+        return cls(layer.file, layer.identity, layer.device, layer.born)
 
 
 def same_image(one: Image, other: Image) -> Sameness:
@@ -60,7 +62,8 @@ def same_image(one: Image, other: Image) -> Sameness:
     if one.identity is None or other.identity is None:
         return Sameness.UNKNOWN
     if one.identity == other.identity:
-        return Sameness.SAME
+        # A file system gives the number of a file that was deleted to a new one.
+        return Sameness.OTHER if same(one.born, other.born) is Sameness.OTHER else Sameness.SAME
     renumbered = one.path == other.path and one.identity[1] == other.identity[1]
     return Sameness.UNKNOWN if renumbered else Sameness.OTHER
 
@@ -99,7 +102,7 @@ class ImageUse:
 
 
 def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
-    """The uses of a disk's chain."""
+    """The uses of a disk's chain. What a process names that it does not have open is no use of the image."""
     return tuple(
         ImageUse(
             domain=domain,
@@ -109,6 +112,7 @@ def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
             seen_at=seen_at,
         )
         for place, layer in enumerate(disk.layers)
+        if not layer.unheld
     )
 
 
@@ -222,6 +226,8 @@ class InvalidReason(StrEnum):
     """A job has written to a layer below, and the merge has not completed."""
     KEPT = "kept"
     """A layer below has become a copy of the active layer, which stays in use (`on_ready: keep`)."""
+    MERGED = "merged"
+    """It was merged, and left in place: nobody needs it any more, and its content was right until the base changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +276,7 @@ def valid_layers(disk: Disk, marks: Iterable[InvalidMark], domain: str | None = 
 
     The active layer is always right: the guest reads what it shows.
     """
-    marked = [(mark.image, one_view(domain, mark.domain)) for mark in marks]
+    marked = [(mark.image, one_view(domain, mark.domain)) for mark in marks if mark.reason is not InvalidReason.MERGED]
     return tuple(
         place == 0 or not any(may_be_same(Image.of(layer), image, one_view=together) for image, together in marked)
         for place, layer in enumerate(disk.layers)

@@ -25,7 +25,9 @@ def mark_change(before: DataState, after: Job) -> MarkChange | None:
         judgement = after.control.judgement
         # A person who resolves a lost job as completed says that it was merged.
         if judgement is None or judgement.merged or after.resolved is not None:
-            return MarkChange(remove=images + _new_active(after), domain=after.domain)
+            merged = tuple(layer.image for layer in after.spec.merged)
+            left = marks_of(merged, job_id=after.id, domain=after.domain, reason=InvalidReason.MERGED)
+            return MarkChange(add=left, remove=images + _new_active(after), domain=after.domain)
         return _added(images, after, InvalidReason.KEPT)
     if before is DataState.UNTOUCHED and after.data_state is not DataState.UNTOUCHED:
         return _added(images, after, InvalidReason.BASE_MODIFIED)

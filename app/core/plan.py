@@ -73,13 +73,16 @@ class Inquiry:
 class Facts:
     """The answers to an `Inquiry`. Sizes in bytes; None where an answer can't be had.
 
-    `shared_with` names the other disk that uses the written layer; `locked` says that another process has it open.
-    `bytes_to_copy` and `new_bytes` (those of them that have no place in the written layer yet) come from the images'
-    own maps; without them the plan reckons with the layers' sizes on disk. `undeletable` are files that a deletion
-    would leave, each with the reason.
+    `shared_with` names the other disk, or the file, that uses the written layer; `shared_because` says how that is
+    known. `overlays_searched`: the folders that the service may look into were searched for such files. `locked` says
+    that another process has it open. `bytes_to_copy` and `new_bytes` (those of them that have no place in the written
+    layer yet) come from the images' own maps; without them the plan reckons with the layers' sizes on disk.
+    `undeletable` are files that a deletion would leave, each with the reason.
     """
 
     shared_with: str | None = None
+    shared_because: str = ""
+    overlays_searched: bool = True
     locked: bool = False
     free: int | None = None
     bytes_to_copy: int | None = None

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from app.core.chain import Disk, Layer
 from app.core.evidence import Process, same_process
 from app.core.job import Job
 from app.core.machine.inputs import Absent, Gone, Input, Observed
-from app.core.sameness import Sameness, same
+from app.core.sameness import Sameness
 from app.core.states import State
 
 JOB_PREFIX: Final = "bj-"
@@ -52,18 +51,3 @@ def how_proven(job: Job) -> str:
     """In words for a person: what the outcome of an ended job was read from."""
     judgement = job.control.judgement
     return judgement.because if judgement else "it was not in QEMU, and nothing had been merged"
-
-
-def uses_base(other: Disk, disk: Disk, base: Layer) -> bool:
-    """Whether a merge into `base`, a layer of `disk`, changes what `other` reads.
-
-    A disk with the same active layer is the same disk, seen through another registration or before a restart.
-    """
-    if not other.layers or not any(_same_image(layer, base) for layer in other.layers):
-        return False
-    return not _same_image(other.layers[0], disk.layers[0])
-
-
-def _same_image(one: Layer, other: Layer) -> bool:
-    found = same(one.identity, other.identity)
-    return one.file == other.file if found is Sameness.UNKNOWN else found is Sameness.SAME

@@ -17,7 +17,7 @@ import structlog
 
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
-from app.core.images import Image, Resource, valid_layers
+from app.core.images import Image, valid_layers
 from app.core.job import Job, accept
 from app.core.kinds import Spec
 from app.core.machine.inputs import Input
@@ -27,7 +27,7 @@ from app.core.states import State
 from app.engine.connection import Change, MonitorConnection, Phase
 from app.engine.disks import DomainDisks
 from app.engine.executor import Executor
-from app.engine.jobs import DomainJobs
+from app.engine.jobs import DomainJobs, named, refusal_of
 from app.engine.planning import Planner, jobs_on
 from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
@@ -71,17 +71,21 @@ class Actor:
             shared.clock,
             hint=self._hinted,
             on_progress=self._on_progress,
+            has_images=lambda: bool(self.disks.off),
         )
         self.disks = DomainDisks(registration, self.connection, shared.images, shared.known)
         self._shared = shared
-        self._executor = Executor(shared, self.connection, self.disks)
-        self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
         self._planner = Planner(registration, shared, self.connection, self.disks)
+        self._executor = Executor(
+            shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all())
+        )
+        self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
         self._inbox: deque[_Request] = deque()
         self._woken = asyncio.Event()
         self._next_look = 0.0
         self._next_welcome = float("inf")
         self._stopping = False
+        self._since: int | None = None
 
     # From outside -----------------------------------------------------------------------------------------------------
 
@@ -99,6 +103,10 @@ class Actor:
         """The domain as it is known now; never waits."""
         facts, state = self.connection.facts, self.connection.state()
         unreadable = self._shared.known.problem(self.id) if state is DomainState.SHUTOFF else None
+        if state is not DomainState.SHUTOFF:
+            self._since = None
+        elif self._since is None:
+            self._since = self._shared.clock.now()
         return DomainView(
             id=self.id,
             name=(facts.name if facts else None) or self.id,
@@ -110,6 +118,7 @@ class Actor:
             managed_by=facts.managed_by if facts else None,
             error=unreadable or self.connection.error,
             disks=tuple(disk.name for disk in self.disks.known),
+            since=self._since,
         )
 
     async def call(self, run: Callable[[], Awaitable[T]]) -> T:
@@ -206,6 +215,7 @@ class Actor:
                     await self._tell(DomainEvent.DISCONNECTED)
                 if self.connection.state() is DomainState.SHUTOFF:
                     await self.disks.read_off()
+                    self.view()
                 with suppress(JournalFull):
                     await self._jobs.find_gone()
                 self.connection.tried.set()
@@ -334,7 +344,7 @@ class Actor:
             raise Refused(
                 Problem(
                     code=Code.JOB_CONFLICT,
-                    detail=f"the job {conflict.job_id} works on {_named(conflict.resource, job.disk)}; "
+                    detail=f"the job {conflict.job_id} works on {named(conflict.resource, job.disk)}; "
                     "wait for its end, or abort it",
                     extra={"job": conflict.job_id},
                 )
@@ -382,17 +392,6 @@ class Actor:
         if unregister is not None:
             await unregister(self.id)
         self.stop()
-
-
-def _named(resource: Resource | None, disk: str) -> str:
-    return f"the image {resource.path}" if isinstance(resource, Image) else f"the disk {disk}"
-
-
-def refusal_of(job: Job) -> Problem | None:
-    """How the request for a job is refused that QEMU did not even start; None for any other job."""
-    if job.state is not State.FAILED or job.error is None or job.started_at is not None:
-        return None
-    return replace(job.error, extra={**job.error.extra, "job": job.id})
 
 
 def _fail(request: _Request, error: Exception) -> None:

@@ -103,6 +103,7 @@ class MonitorConnection:
     """The connection of one domain, whether it stands or not.
 
     `hint` is called when QEMU tells that something has happened, `on_progress` when there is something to harvest.
+    `has_images` says whether the images are known that the domain has while it is off.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class MonitorConnection:
         *,
         hint: Callable[[], None],
         on_progress: Callable[[], None],
+        has_images: Callable[[], bool],
     ) -> None:
         self.domain = registration.id
         self.driver = driver
@@ -126,6 +128,7 @@ class MonitorConnection:
         self._clock = clock
         self._hint = hint
         self._on_progress = on_progress
+        self._has_images = has_images
         self._guest = Guest.RUNNING
         self._connecting: asyncio.Task[Runner] | None = None
         self._probe: asyncio.Task[Guest] | None = None
@@ -157,7 +160,7 @@ class MonitorConnection:
             return DomainState(self._guest.value)
         if self.phase is Phase.BUSY:
             return DomainState.BUSY
-        off = self._registration.disks or self._registration.address is None
+        off = self._registration.address is None or self._has_images()
         shut = off and self.phase is Phase.DOWN and not self.is_alive()
         return DomainState.SHUTOFF if shut else DomainState.UNREACHABLE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from app.core.chain import Disk, matching_disks
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
@@ -37,8 +39,14 @@ class DomainDisks:
         return self.known
 
     async def read_off(self) -> tuple[Disk, ...]:
-        """The registered disks, from their headers."""
-        return await self._known.read_off(self._registration.id, self._registration.disks)
+        """The disks that are registered, or else those that it had when it ran, from their headers."""
+        return await self._known.read_off(self._registration.id, self.off)
+
+    @property
+    def off(self) -> Mapping[str, str]:
+        """The active images of the domain while it is off, by target name."""
+        remembered = self._known.active_images(self._registration.id)
+        return self._registration.disks or {disk: image.path for disk, image in remembered.items()}
 
     def forget(self, name: str) -> None:
         """A disk is not any more what it was when it was read."""

@@ -31,6 +31,9 @@ STOP_S: Final = 2.0
 REVIVE_S: Final = 1.0
 """Seconds after which an actor that met a defect of ours is started anew."""
 
+KEPT_S: Final = 5.0
+"""Seconds between two looks whether the images of a domain are there whose monitor has gone."""
+
 PRUNE_S: Final = 3600
 DAY_MS: Final = 24 * 3600 * 1000
 
@@ -52,6 +55,7 @@ class DomainDirectory:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: dict[str, asyncio.Task[None]] = {}
         self._forgotten: set[str] = set()
+        self._kept_until: dict[str, float] = {}
         self._stopping = False
 
     async def start(self) -> None:
@@ -66,6 +70,9 @@ class DomainDirectory:
             if id_ not in registered:
                 registered[id_] = Registration(id=id_, address=self._discovered_at(id_), discovered=True)
         self._shared.known.load(await self._shared.journal.uses())
+        for id_ in self._shared.known.remembered() - registered.keys():
+            # It was found by itself, and its images may still be needed.
+            registered[id_] = Registration(id=id_, address=self._discovered_at(id_), discovered=True)
         for id_, registration in registered.items():
             self._launch(registration, tuple(jobs.get(id_, ())))
         tasks = self._shared.tasks
@@ -234,10 +241,14 @@ class DomainDirectory:
             self._forgotten &= set(found)
             appeared = {id_ for id_ in found if id_ not in self.actors and id_ not in self._forgotten}
             # A job's outcome may still have to be read from the images: the domain stays until a look after that.
+            now = self._shared.clock.monotonic()
             gone = {
                 id_
                 for id_, actor in self.actors.items()
-                if actor.registration.discovered and id_ not in found and not actor.jobs
+                if actor.registration.discovered
+                and id_ not in found
+                and not actor.jobs
+                and now >= self._kept_until.get(id_, 0)
             }
             for id_ in (appeared | gone) - self._changes.keys():
                 # A domain whose QEMU hangs takes its time to end; that holds up no other one.
@@ -252,11 +263,26 @@ class DomainDirectory:
                     actor = self._launch(registration, await self._unfinished_of(id_))
                     await self._tell(DomainEvent.ADDED, actor)
                 elif id_ not in found and actor is not None and actor.registration.discovered:
+                    if await self._has_images(id_):
+                        self._kept_until[id_] = self._shared.clock.monotonic() + KEPT_S
+                        return
                     with suppress(Refused, ActorClosed):
                         await actor.call(actor.retire)
                         await self._remove(actor)
         finally:
             self._changes.pop(id_, None)
+
+    async def _has_images(self, domain: str) -> bool:
+        """Whether images of a domain that is gone may still be there; what is known to be gone is forgotten."""
+        vanished = await self._shared.known.vanished(domain)
+        if vanished:
+            try:
+                await self._shared.journal.record_uses(domain, {disk: () for _, disk in vanished})
+            except JournalFull as error:
+                log.error("uses of images not stored", domain=domain, error=str(error))
+                return True
+            self._shared.known.recorded(vanished)
+        return bool(self._shared.known.active_images(domain))
 
     async def _prune(self) -> None:
         while True:

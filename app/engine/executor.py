@@ -8,9 +8,10 @@ from typing import Final
 
 import structlog
 
-from app.core.chain import Disk, NotDeleted
-from app.core.errors import Code, Problem
+from app.core.chain import Disk, Identity, NotDeleted
+from app.core.errors import Problem
 from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict, same_process
+from app.core.images import Image
 from app.core.job import Job, Result
 from app.core.kinds import kind_of
 from app.core.machine.inputs import (
@@ -80,14 +81,21 @@ class Executor:
     """Carries out the commands of one domain's jobs.
 
     `monitor_error` is what a runner's call has met in the middle of a job's move. The actor deals with it afterwards,
-    as that may move jobs in turn.
+    as that may move jobs in turn. `replan` says what speaks by now against starting a job that has waited.
     """
 
-    def __init__(self, shared: Shared, connection: MonitorConnection, disks: DomainDisks) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        connection: MonitorConnection,
+        disks: DomainDisks,
+        replan: Callable[[Job], Awaitable[Problem | None]],
+    ) -> None:
         self.monitor_error: MonitorError | None = None
         self._shared = shared
         self._connection = connection
         self._disks = disks
+        self._replan = replan
         self._on_runner: Final[dict[Command, Callable[[Runner, Job, LiveJob], Awaitable[Input | None]]]] = {
             Command.START: self._start,
             Command.PIVOT: self._pivot,
@@ -126,18 +134,9 @@ class Executor:
     # Commands that change something in QEMU ---------------------------------------------------------------------------
 
     async def _start(self, runner: Runner, job: Job, live: LiveJob) -> Input:
-        if not live.planned_now:
-            # It has waited, in the queue or over a restart: the chain may be another one by now.
-            disk = disk_of(job, await self._disks.read())
-            record = job.spec.disk
-            if disk is None or disk.nodes != record.nodes or disk.digest != record.digest:
-                return Rejected(
-                    Problem(
-                        code=Code.CHAIN_CHANGED,
-                        detail=f"the chain of {job.disk} is not the one that the job was accepted for; read the disk "
-                        "again and send the request again",
-                    )
-                )
+        if not live.planned_now and (refused := await self._replan(job)) is not None:
+            # It has waited, in the queue or over a restart: who uses the images may be others by now.
+            return Rejected(refused)
         try:
             await runner.start(job)
         except Declined as declined:
@@ -258,7 +257,11 @@ class Executor:
             why = "QEMU saw other files under these names than the service does, and has ended"
             deleted, left = (), tuple(NotDeleted(file=file, reason=why) for file in tidy.to_delete)
         else:
-            in_use = self._shared.known.image_user
+
+            def in_use(file: str, identity: Identity | None) -> str | None:
+                user = self._shared.known.user_of(Image(file, identity), job.domain, Disk(name=job.disk))
+                return None if user is None else user.name
+
             deleted, left = await images.unlink(tidy.to_delete, job.control.process, in_use)
         result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
         return CleanedUp(result)

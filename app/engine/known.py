@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from app.core.chain import Disk, Identity, Layer
-from app.core.errors import Problem, Refused
-from app.core.images import Image, ImageUse, uses_by
-from app.core.reconcile import uses_base
-from app.core.sameness import Sameness, same
-from app.engine.ports.images import Images
+from app.core.chain import Disk
+from app.core.errors import Problem
+from app.core.images import Image, ImageUse, users_of, uses_by
+from app.engine.ports.images import ChainUnreadable, Images
 from app.engine.ports.uses import DiskUses
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUser:
+    """Who uses an image, and how that is known."""
+
+    name: str
+    because: str = ""
 
 
 class KnownDisks:
     """Every domain's disks, as they were when they were last read.
 
     The disks of a domain that is off are read from the images' headers. Nobody tells when somebody works on these
-    images, so `refresh` reads them anew before a decision.
+    images, so `refresh` reads them anew before a decision. Where a domain's disks can't be read now, what the journal
+    knows of them counts.
     """
 
     def __init__(self, images: Images) -> None:
@@ -26,6 +34,8 @@ class KnownDisks:
         self._disks: dict[str, tuple[Disk, ...]] = {}
         self._off: dict[str, Mapping[str, str]] = {}
         self._problems: dict[str, Problem] = {}
+        self._parts: dict[str, tuple[Disk, ...]] = {}
+        self._blind: dict[str, Problem] = {}
 
     def of(self, domain: str) -> tuple[Disk, ...]:
         """The disks of a domain."""
@@ -37,9 +47,8 @@ class KnownDisks:
 
     def note(self, domain: str, disks: tuple[Disk, ...]) -> None:
         """The disks of a domain were read from its QEMU."""
+        self.drop(domain)
         self._disks[domain] = disks
-        self._off.pop(domain, None)
-        self._problems.pop(domain, None)
 
     def without(self, domain: str, name: str) -> None:
         """A disk is not any more what it was when it was read."""
@@ -47,13 +56,30 @@ class KnownDisks:
 
     def drop(self, domain: str) -> None:
         """A domain has no actor any more. What the journal knows of its images stays."""
-        for table in (self._disks, self._off, self._problems):
+        for table in (self._disks, self._off, self._problems, self._parts, self._blind):
             table.pop(domain, None)
 
     def forget(self, domain: str) -> None:
         """A domain was forgotten, and the journal does not know its images any more."""
         self.drop(domain)
         self._recorded = {disk: images for disk, images in self._recorded.items() if disk[0] != domain}
+
+    def active_images(self, domain: str) -> Mapping[str, Image]:
+        """The active layers of a domain's disks, by target name, as the journal knows them."""
+        return {
+            disk: images[0]
+            for (of, disk), images in self._recorded.items()
+            if of == domain and images and images[0] is not None
+        }
+
+    def remembered(self) -> frozenset[str]:
+        """The domains whose images the journal knows."""
+        return frozenset(domain for domain, _ in self._recorded)
+
+    async def vanished(self, domain: str) -> DiskUses:
+        """Those of a domain's remembered disks whose active images are known to be gone or replaced, without uses."""
+        found = {disk: await self._images.is_there(image) for disk, image in self.active_images(domain).items()}
+        return {(domain, disk): () for disk, there in found.items() if there is False}
 
     # What the journal keeps -------------------------------------------------------------------------------------------
 
@@ -68,9 +94,9 @@ class KnownDisks:
         found: dict[tuple[str, str], tuple[ImageUse, ...]] = {}
         disks = {disk.name: disk for disk in self.of(domain)}
         for name, disk in disks.items():
-            images = tuple(Image.of(layer) for layer in disk.layers)
-            if self._recorded.get((domain, name), ()) != images:
-                found[domain, name] = uses_by(domain, disk, seen_at=now)
+            uses = uses_by(domain, disk, seen_at=now)
+            if self._recorded.get((domain, name), ()) != tuple(use.image for use in uses):
+                found[domain, name] = uses
         if domain in self._disks and domain not in self._off:
             # Its QEMU has no such disk any more. Of a domain that is off only the registered disks are read.
             found |= {(domain, name): () for of, name in self._recorded if of == domain and name not in disks}
@@ -90,18 +116,23 @@ class KnownDisks:
         """Read the disks of a domain that is off; `images` maps target names to the active layers' paths."""
         self._off[domain] = images
         disks: list[Disk] = []
+        parts: list[Disk] = []
         problem: Problem | None = None
+        blind: Problem | None = None
         for name, image in images.items():
             try:
                 disks.append(await self._images.offline_disk(name, image))
-            except Refused as refused:
-                problem = refused.problem
+            except ChainUnreadable as unreadable:
+                problem = unreadable.problem
+                parts.append(Disk(name=name, layers=unreadable.layers))
+                blind = problem if unreadable.blind else blind
         if self._off.get(domain) is images:
             # It is still off: no QEMU of the domain has told of its disks meanwhile.
-            self._disks[domain] = tuple(disks)
-            self._problems.pop(domain, None)
-            if problem is not None:
-                self._problems[domain] = problem
+            self._disks[domain], self._parts[domain] = tuple(disks), tuple(parts)
+            for table, found in ((self._problems, problem), (self._blind, blind)):
+                table.pop(domain, None)
+                if found is not None:
+                    table[domain] = found
         return tuple(disks)
 
     async def refresh(self) -> None:
@@ -110,19 +141,43 @@ class KnownDisks:
             if domain in self._off:
                 await self.read_off(domain, images)
 
-    def base_user(self, domain: str, disk: Disk, base: Layer) -> str | None:
-        """The other disk, of any known domain, whose data a merge into `base` would change; None if there is none."""
-        for other_domain, disks in self._disks.items():
-            for other in disks:
-                if (other_domain, other.name) != (domain, disk.name) and uses_base(other, disk, base):
-                    return f"{other_domain}/{other.name}"
-        return None
+    def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
+        """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.
 
-    def image_user(self, file: str, identity: Identity | None) -> str | None:
-        """A disk, of any known domain, that has the image in its chain; None if there is none."""
-        for domain, disks in self._disks.items():
-            for disk in disks:
-                for layer in disk.layers:
-                    if layer.file == file or same(identity, layer.identity) is Sameness.SAME:
-                        return f"{domain}/{disk.name}"
-        return None
+        `domain` and `disk` are who asks: what is the same disk, by another registration or from before, is no other.
+        """
+        uses = users_of(self._others(domain, disk.name), image, besides=uses_by(domain, disk, seen_at=0))
+        if uses:
+            use = uses[0]
+            return ImageUser(f"{use.domain}/{use.disk}", self._because(use.domain))
+        blind = next(((of, problem) for of, problem in self._blind.items() if of != domain), None)
+        if blind is None:
+            return None
+        return ImageUser(
+            blind[0],
+            f"its chain can't be read to its end, so it may be any image's: {blind[1].detail}; make it readable, "
+            f"register {blind[0]} anew, or forget it (DELETE /domains/{blind[0]})",
+        )
+
+    def _others(self, domain: str, name: str) -> list[ImageUse]:
+        """The uses by all disks but that one: as they are read now, or as the journal knows them."""
+        found: list[ImageUse] = []
+        current: set[tuple[str, str]] = {(domain, name)}
+        for of, disks in self._disks.items():
+            for disk in (*disks, *self._parts.get(of, ())):
+                if (of, disk.name) != (domain, name):
+                    found += uses_by(of, disk, seen_at=0)
+            current |= {(of, disk.name) for disk in disks}
+        live = {of for of in self._disks if of not in self._off}
+        for (of, disk_name), images in self._recorded.items():
+            if of not in live and (of, disk_name) not in current:
+                found += [
+                    ImageUse(domain=of, disk=disk_name, place=place, image=image, seen_at=0)
+                    for place, image in enumerate(images)
+                ]
+        return found
+
+    def _because(self, domain: str) -> str:
+        if domain in self._disks and domain not in self._off:
+            return ""
+        return f"{domain} is off, and needs it when it is started again; if it is not, DELETE /domains/{domain}"

@@ -9,11 +9,15 @@ from typing import Any
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.headers import HeaderFacts
+from app.core.images import Image, same_image
 from app.core.job import Job
-from app.core.kinds import KINDS, Spec
+from app.core.kinds import KINDS, Spec, kind_of
 from app.core.plan import Facts, Inquiry, Plan
+from app.core.sameness import Sameness
 from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
+from app.engine.known import ImageUser
+from app.engine.ports.images import Overlays
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
 from app.engine.views import DomainState
@@ -63,19 +67,48 @@ class Planner:
             raise Refused(plan)
         return plan
 
+    async def again(self, job: Job, jobs: tuple[Job, ...]) -> Problem | None:
+        """What speaks by now against starting a job that has waited; `jobs` are the domain's unfinished ones."""
+        disk = disk_of(job, await self._disks.read())
+        record = job.spec.disk
+        if disk is None or disk.nodes != record.nodes or disk.digest != record.digest:
+            return Problem(
+                code=Code.CHAIN_CHANGED,
+                detail=f"the chain of {job.disk} is not the one that the job was accepted for; read the disk again and "
+                "send the request again",
+            )
+        request = kind_of(job.spec).again(job.spec, disk.name, on_ready=job.on_ready, bandwidth=job.bandwidth)
+        others = tuple(other for other in jobs if other.id != job.id)
+        try:
+            await self.plan(job.spec.kind, disk.name, request, others, exact=False)
+        except Refused as refused:
+            return refused.problem
+        return None
+
     async def _ask(self, disk: Disk, inquiry: Inquiry) -> Facts:
         images, process, file = self._shared.images, self._connection.process, inquiry.written.file
         await self._shared.known.refresh()
-        locked, free, is_device, undeletable, header, survey = await asyncio.gather(
+        of_files = asyncio.gather(
             images.locked(file, process),
             images.free_bytes(file, process),
             images.is_device(file, process),
             images.undeletable(inquiry.to_delete, process),
+        )
+        (locked, free, is_device, undeletable), header, survey, strangers = await asyncio.gather(
+            of_files,
             self._header(inquiry),
             self._connection.require().survey(inquiry.probe),
+            self._strangers(disk, inquiry),
         )
+        user = self._shared.known.user_of(Image.of(inquiry.written), self._registration.id, disk)
+        if user is None and strangers.files:
+            path = strangers.files[0].path
+            why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"
+            user = ImageUser(path, why)
         return Facts(
-            shared_with=self._shared.known.base_user(self._registration.id, disk, inquiry.written),
+            shared_with=None if user is None else user.name,
+            shared_because="" if user is None else user.because,
+            overlays_searched=strangers.complete,
             locked=locked,
             free=free,
             written_is_device=is_device,
@@ -83,6 +116,20 @@ class Planner:
             header=header,
             survey=survey,
         )
+
+    async def _strangers(self, disk: Disk, inquiry: Inquiry) -> Overlays:
+        """Overlays on the layers that nobody has told of, but for those that a merge has left behind."""
+        chain = [Image.of(layer) for layer in disk.layers]
+        found = await self._shared.images.overlays_on(
+            [Image.of(layer) for layer in (inquiry.written, *inquiry.read)], besides=chain
+        )
+        if not found.files:
+            return found
+        marks = await self._shared.journal.invalid_marks(found.files)
+        left = tuple(
+            file for file in found.files if all(same_image(mark.image, file) is not Sameness.SAME for mark in marks)
+        )
+        return replace(found, files=left)
 
     async def _header(self, inquiry: Inquiry) -> HeaderFacts:
         if inquiry.overlay is None:

@@ -29,7 +29,10 @@ class DomainState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainView:
-    """A domain, with what is known of its QEMU; `driver` is its name in the registration, `disks` are target names."""
+    """A domain, with what is known of its QEMU; `driver` is its name in the registration, `disks` are target names.
+
+    `since` is when the service first saw that it is off (ms since 1970); None unless it is.
+    """
 
     id: str
     name: str
@@ -41,6 +44,7 @@ class DomainView:
     managed_by: str | None
     error: Problem | None
     disks: tuple[str, ...]
+    since: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

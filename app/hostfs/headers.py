@@ -1,4 +1,4 @@
-"""Images' headers, read without QEMU: where a backing string leads, and the chain of a domain that is off.
+"""Images' headers, read without QEMU: where a backing string leads, and how much room there is for another.
 
 Everything in here may block.
 """
@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import errno
 import os
-import posixpath
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-from app.core.chain import Disk, Identity, Layer
-from app.core.errors import Code, Problem, Refused
+from app.core.chain import Identity
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts, meaning
 from app.hostfs import qcow2
 from app.hostfs.identity import identity_of
-from app.hostfs.process import as_seen_by, folder_of, stat_of
+from app.hostfs.process import as_seen_by, folder_of
 from app.hostfs.roots import Roots
 
 HEADER: Final = 65536
 """Bytes that hold all of a header."""
-
-DEPTH_MAX: Final = 1000
-"""Layers of a chain that are followed."""
 
 
 def read_header(overlay: str, identity: Identity, process: Process | None, roots: Roots) -> HeaderReading | None:
@@ -35,7 +30,7 @@ def read_header(overlay: str, identity: Identity, process: Process | None, roots
     Returns None, too, if `overlay` now names another file than `identity`. Paths are those of the process.
     """
     try:
-        header = _header_of(overlay, identity, process, roots)
+        header = _header_seen_by(overlay, identity, process, roots)
     except (OSError, ValueError):
         return None
     if header.backing is None:
@@ -53,7 +48,7 @@ def header_facts(
     folder, room = _folder(process), None
     if identity is not None:
         with suppress(OSError, ValueError):
-            room = _header_of(overlay, identity, process, roots).room
+            room = _header_seen_by(overlay, identity, process, roots).room
     named: dict[str, Identity | None] = {}
     for name in names:
         means = meaning(name, overlay=overlay, folder=folder)
@@ -80,29 +75,12 @@ def sync(path: str, identity: Identity, process: Process | None, roots: Roots) -
     return True
 
 
-def _header_of(path: str, identity: Identity, process: Process | None, roots: Roots) -> qcow2.Header:
-    return _header(as_seen_by(path, process), roots, identity)
+def _header_seen_by(path: str, identity: Identity, process: Process | None, roots: Roots) -> qcow2.Header:
+    return header_at(as_seen_by(path, process), roots, identity)
 
 
-def offline_disk(name: str, image: str, roots: Roots) -> Disk:
-    """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
-    layers: list[Layer] = []
-    path: str | None = image
-    expected: str | None = None
-    while path is not None:
-        if len(layers) >= DEPTH_MAX or any(layer.file == path for layer in layers):
-            raise _unreadable(name, path, "the chain runs in a circle or is too long")
-        try:
-            layer = _offline_layer(path, expected, roots)
-        except (OSError, qcow2.NotQcow2) as error:
-            raise _unreadable(name, path, str(error)) from error
-        layers.append(layer)
-        path = _resolved(layer.backing, path) if layer.backing else None
-        expected = layer.backing_format
-    return Disk(name=name, layers=tuple(layers))
-
-
-def _header(path: str, roots: Roots, identity: Identity | None = None) -> qcow2.Header:
+def header_at(path: str, roots: Roots, identity: Identity | None = None) -> qcow2.Header:
+    """The header of the image at `path`, of that identity if one is given; raises OSError and `qcow2.NotQcow2`."""
     file = _opened(path, roots, identity)
     try:
         return qcow2.parse(os.pread(file, HEADER, 0))
@@ -130,39 +108,3 @@ def _judge(file: int, path: str, roots: Roots, identity: Identity | None) -> Non
         raise OSError(errno.ESTALE, "another file of that name", path)
     if not roots.hold(file):
         raise PermissionError(errno.EPERM, "outside image_roots", path)
-
-
-def _offline_layer(path: str, expected: str | None, roots: Roots) -> Layer:
-    found = stat_of(path, None)
-    header: qcow2.Header | None = None
-    try:
-        header = None if expected == "raw" else _header(path, roots)
-    except qcow2.NotQcow2 as error:
-        if expected == "qcow2" or isinstance(error, qcow2.Damaged):
-            raise
-    if expected == "raw" and not roots.allow(path):
-        raise PermissionError(1, "outside image_roots", path)
-    return Layer(
-        file=path,
-        format="qcow2" if header else expected or "raw",
-        node="",
-        virtual_size=header.virtual_size if header else found.st_size,
-        actual_size=found.st_blocks * 512,
-        backing=header.backing if header else None,
-        backing_format=header.backing_format if header else None,
-        identity=(found.st_dev, found.st_ino),
-        device=found.st_rdev if stat.S_ISBLK(found.st_mode) else None,
-        folder=os.path.realpath(posixpath.dirname(path)),
-        cluster_size=header.cluster_size if header else 65536,
-    )
-
-
-def _unreadable(disk: str, path: str, why: str) -> Refused:
-    return Refused(
-        Problem(code=Code.DISK_NOT_FOUND, detail=f"the disk {disk} can't be read: {path}: {why}", extra={"file": path})
-    )
-
-
-def _resolved(backing: str, overlay: str) -> str:
-    """The path that a header's string means; it starts from the folder of the image that it stands in."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(overlay), backing.removeprefix("file:")))

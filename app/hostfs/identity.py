@@ -7,13 +7,15 @@ import posixpath
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from app.core.chain import Disk, Identity, Layer
 from app.core.evidence import Process
+from app.core.images import Image
 from app.hostfs.locks import locked_files
-from app.hostfs.process import as_seen_by, open_files, stat_of
+from app.hostfs.opening import born_at
+from app.hostfs.process import as_seen_by, open_files, opened_path
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -21,14 +23,16 @@ TEMPORARY: Final = "vl."
 
 def identity_of(path: str, process: Process | None) -> Identity | None:
     """The identity of the file that the process calls `path`, links followed; None where it can't be seen."""
-    return _identity_and_device(path, process)[0]
+    return image_at(path, process).identity
 
 
-def _identity_and_device(path: str, process: Process | None) -> tuple[Identity | None, int | None]:
-    with suppress(OSError, ValueError):
-        found = stat_of(path, process)
-        return (found.st_dev, found.st_ino), found.st_rdev if stat.S_ISBLK(found.st_mode) else None
-    return None, None
+def image_at(path: str, process: Process | None) -> Image:
+    """The image that the process calls `path`, links followed, as far as it can be seen."""
+    with suppress(OSError, ValueError), opened_path(path, process) as file:
+        found = os.fstat(file)
+        device = found.st_rdev if stat.S_ISBLK(found.st_mode) else None
+        return Image(path, (found.st_dev, found.st_ino), device, born_at(file))
+    return Image(path)
 
 
 def identities(paths: Iterable[str], process: Process | None) -> dict[str, Identity]:
@@ -39,7 +43,7 @@ def identities(paths: Iterable[str], process: Process | None) -> dict[str, Ident
 
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:
     """The disks, their layers with what the file system says of them."""
-    held = _held(process)
+    held = _Held.of(process)
     return tuple(
         replace(
             disk,
@@ -50,31 +54,46 @@ def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, 
     )
 
 
-def _held(process: Process | None) -> frozenset[Identity] | None:
-    """The files that the process may have open; None where nothing is known of that.
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The files that the process may have open; None where nothing is known of that. `certain`: the process was seen.
 
     A path tells little: since QEMU opened it, it may have become another file's, or QEMU runs on another host. Where
     the process can't be seen, the files are taken that any QEMU has locked.
     """
-    if process is None:
-        return None
-    held = open_files(process) if process.pid is not None else None
-    if held is not None:
-        return held
-    return locked_files()
+
+    files: frozenset[Identity] | None
+    certain: bool
+
+    @classmethod
+    def of(cls, process: Process | None) -> _Held:
+        if process is None:
+            return cls(None, certain=False)
+        held = open_files(process) if process.pid is not None else None
+        return cls(locked_files(), certain=False) if held is None else cls(held, certain=True)
+
+    def __contains__(self, identity: Identity) -> bool:
+        return self.files is None or identity in self.files
 
 
-def _with_file(layer: Layer, process: Process | None, held: frozenset[Identity] | None) -> Layer:
+def _with_file(layer: Layer, process: Process | None, held: _Held) -> Layer:
     if not layer.file.startswith("/"):
         return layer
     folder = os.path.realpath(as_seen_by(posixpath.dirname(layer.file), process))
-    identity, device = _identity_and_device(layer.file, process)
+    image = image_at(layer.file, process)
+    identity = image.identity
     # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
     plain = posixpath.normpath(layer.file)
     same = identity is not None and identity == identity_of(plain, process)
-    known = identity if held is None or identity in held else None
+    known = identity if identity is not None and identity in held else None
     return replace(
-        layer, file=plain if same else layer.file, identity=known, device=device if known else None, folder=folder
+        layer,
+        file=plain if same else layer.file,
+        identity=known,
+        device=image.device if known else None,
+        born=image.born if known else None,
+        unheld=known is None and held.certain,
+        folder=folder,
     )
 
 

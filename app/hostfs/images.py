@@ -9,8 +9,9 @@ from pathlib import Path
 from app.core.chain import Disk, Identity, Layer, NotDeleted
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
-from app.engine.ports.images import Measure
-from app.hostfs import allocation, deletion, headers, identity, locks
+from app.core.images import Image
+from app.engine.ports.images import Measure, Overlays
+from app.hostfs import allocation, deletion, headers, identity, locks, offline, overlays
 from app.hostfs.roots import Roots
 
 
@@ -22,6 +23,7 @@ class LocalImages:
 
     def __init__(self, roots: Sequence[str | Path], timeout: float, qemu_img: str = "qemu-img") -> None:
         self._roots = Roots.of(roots)
+        self._overlays = overlays.OverlayIndex(self._roots)
         self._qemu_img = allocation.QemuImg(program=qemu_img, timeout=timeout)
 
     async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
@@ -96,5 +98,15 @@ class LocalImages:
         )
 
     async def offline_disk(self, name: str, image: str) -> Disk:
-        """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
-        return await asyncio.to_thread(headers.offline_disk, name, image, self._roots)
+        """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read."""
+        return await asyncio.to_thread(offline.offline_disk, name, image, self._roots)
+
+    async def overlays_on(self, images: Sequence[Image], besides: Sequence[Image]) -> Overlays:
+        """Files in the roots whose headers lead to one of the images; without roots nobody looks."""
+        if not self._roots.folders:
+            return Overlays()
+        return await asyncio.to_thread(overlays.overlays_on, self._overlays, images, besides)
+
+    async def is_there(self, image: Image) -> bool | None:
+        """Whether the image still is what its path leads to; None where that can't be seen."""
+        return await asyncio.to_thread(offline.is_there, image)

@@ -13,6 +13,9 @@ from typing import Final
 OPENAT2: Final = 437
 """The number of openat2(2), for which Python has no function; it is the same on all of today's architectures."""
 
+AT_EMPTY_PATH: Final = 0x1000
+"""For statx(2): the open file itself is meant."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,3 +55,18 @@ def seen_from(root: str, path: str) -> Generator[int]:
         yield file
     finally:
         os.close(file)
+
+
+STATX_BTIME: Final = 0x800
+BTIME_AT: Final = 80
+"""Where a `struct statx` has the time of birth: seconds in 8 bytes, nanoseconds in 4 (statx(2))."""
+
+
+def born_at(file: int) -> int | None:
+    """When an open file was made, in ns since 1970; None where its file system does not say."""
+    found = ctypes.create_string_buffer(256)
+    if _libc.statx(file, b"", AT_EMPTY_PATH, STATX_BTIME, found) != 0:
+        return None
+    (mask,) = struct.unpack_from("I", found)
+    seconds, nanoseconds = struct.unpack_from("qI", found, BTIME_AT)
+    return seconds * 1_000_000_000 + nanoseconds if mask & STATX_BTIME and seconds > 0 else None

@@ -60,11 +60,23 @@ def as_seen_by(path: str, process: Process | None) -> str:
 
 def stat_of(path: str, process: Process | None) -> os.stat_result:
     """What the file system says of the file that the process calls `path`, links followed. Raises OSError."""
-    root = _other_root(process) if path.startswith("/") else None
-    if root is None:
-        return os.stat(path)
-    with seen_from(root, path) as file:
+    with opened_path(path, process) as file:
         return os.fstat(file)
+
+
+@contextmanager
+def opened_path(path: str, process: Process | None) -> Generator[int]:
+    """The file (O_PATH: nothing is done to it) that the process calls `path`, links followed. Raises OSError."""
+    root = _other_root(process) if path.startswith("/") else None
+    if root is not None:
+        with seen_from(root, path) as file:
+            yield file
+        return
+    file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def _other_root(process: Process | None) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Final
 
@@ -149,9 +150,12 @@ def change_marks(connection: sqlite3.Connection, change: MarkChange) -> None:
             [(mark.job_id, mark.image.path) for mark in _marks(connection, image, change.domain)],
         )
     connection.executemany(
-        "INSERT OR REPLACE INTO invalid_marks (job_id, path, dev, ino, rdev, domain, reason)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(mark.job_id, *columns_of(mark.image), mark.domain, mark.reason.value) for mark in change.add],
+        "INSERT OR REPLACE INTO invalid_marks (job_id, path, dev, ino, rdev, domain, reason, born)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (mark.job_id, *columns_of(mark.image), mark.domain, mark.reason.value, mark.image.born)
+            for mark in change.add
+        ],
     )
 
 
@@ -163,11 +167,13 @@ def marks_of(connection: sqlite3.Connection, images: Iterable[Image]) -> Sequenc
 
 def _marks(connection: sqlite3.Connection, image: Image, domain: str | None = None) -> list[InvalidMark]:
     rows = connection.execute(
-        f"SELECT job_id, domain, reason, path, dev, ino, rdev FROM invalid_marks WHERE {_SAME}",  # noqa: S608
+        f"SELECT job_id, domain, reason, born, path, dev, ino, rdev FROM invalid_marks WHERE {_SAME}",  # noqa: S608
         _values(image),
     ).fetchall()
     marks = [
-        InvalidMark(image=image_of(*known), job_id=job_id, domain=domain, reason=InvalidReason(reason))
-        for job_id, domain, reason, *known in rows
+        InvalidMark(
+            image=replace(image_of(*known), born=born), job_id=job_id, domain=domain, reason=InvalidReason(reason)
+        )
+        for job_id, domain, reason, born, *known in rows
     ]
     return [mark for mark in marks if may_be_same(mark.image, image, one_view=one_view(domain, mark.domain))]

@@ -13,8 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from app.core.images import Access, Claim, DiskChain, Image, InvalidMark, InvalidReason, marks_of_merge
-from app.engine.ports.uses import MarkChange
-from app.journal.images import add_claims, change_marks
+from app.journal.images import add_claims, columns_of
 
 _MODIFIED: Final = (
     "SELECT seq, body FROM jobs WHERE (ended = 0 AND data_state <> 'untouched')"
@@ -36,7 +35,11 @@ def _images_and_claims(connection: sqlite3.Connection) -> None:
     for (body,) in connection.execute("SELECT body FROM jobs WHERE ended = 0 ORDER BY seq").fetchall():
         job = json.loads(body)
         add_claims(connection, job["id"], _claims(job))
-    change_marks(connection, MarkChange(add=tuple(_marks(connection))))
+    connection.executemany(
+        "INSERT OR REPLACE INTO invalid_marks (job_id, path, dev, ino, rdev, domain, reason)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(mark.job_id, *columns_of(mark.image), mark.domain, mark.reason.value) for mark in list(_marks(connection))],
+    )
 
 
 def _chain(job: Mapping[str, Any]) -> list[Image]:

@@ -31,7 +31,7 @@ from app.core.images import (
 )
 from app.core.sameness import Sameness
 
-from .samples import LAYERS, disk
+from .samples import FILES, LAYERS, disk
 
 # Few values, so that equal ones are common.
 IMAGES = st.builds(
@@ -274,3 +274,26 @@ def test_equal_paths_of_two_domains_exclude_nobody() -> None:
         other = JobClaims(job_id="bj-2", domain="web2", claims=(theirs,))
         assert (find_conflict(one, [other]) is not None) is excluded
         assert find_conflict(one, [JobClaims(job_id="bj-3", domain="web1", claims=(theirs,))]) is not None
+
+
+def test_a_number_that_was_given_again() -> None:
+    """Two files that were made at different times are two, whatever number their file system gave them."""
+    one, other = Image("/a", (1, 2), born=5), Image("/a", (1, 2), born=6)
+    assert same_image(one, other) is Sameness.OTHER
+    assert same_image(one, replace(other, born=None)) is Sameness.SAME
+    assert same_image(one, replace(other, born=5)) is Sameness.SAME
+
+
+def test_what_a_process_names_and_does_not_hold_is_no_use() -> None:
+    """A monitor may name any file."""
+    claimed = disk(replace(LAYERS[0], identity=(1, 9)), replace(LAYERS[3], unheld=True))
+    assert [(use.place, use.image) for use in uses_by("liar", claimed, seen_at=1)] == [(0, Image(FILES[0], (1, 9)))]
+
+
+def test_who_else_uses_a_base() -> None:
+    """Another disk with the base in its chain is a user; the same active layer is the same disk."""
+    mine = uses_by("web1", disk(), seen_at=0)
+    theirs = uses_by("web2", disk(replace(LAYERS[0], file="/other"), LAYERS[3]), seen_at=0)
+    again = uses_by("again", disk(), seen_at=0)
+    users = users_of((*theirs, *again), Image(FILES[3]), besides=mine)
+    assert [(use.domain, use.place) for use in users] == [("web2", 1)]

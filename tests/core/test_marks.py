@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from app.core.evidence import Judgement
-from app.core.images import Image, InvalidReason, MarkChange, valid_layers
+from app.core.images import Image, InvalidReason, valid_layers
 from app.core.job import Control, Job, Resolution
 from app.core.marks import mark_change
 from app.core.states import DataState, State
@@ -47,14 +47,21 @@ def test_a_step_that_changes_no_data_changes_no_mark(job: Job) -> None:
 
 
 def test_what_is_merged_after_all_is_marked_no_more() -> None:
-    """The merged images have left the chain; a verdict of a person on a lost job counts as the merge."""
-    assert mark_change(DataState.BASE_MODIFIED, ended(intermediate_job(), merged=True)) == MarkChange(
-        remove=MIXED, domain="web1"
-    )
+    """The merged images have left the chain; a verdict of a person on a lost job counts as the merge.
+
+    What was left in place of them is remembered, and is nobody's layer any more.
+    """
+    change = mark_change(DataState.BASE_MODIFIED, ended(intermediate_job(), merged=True))
+    assert change is not None
+    assert (change.remove, change.domain) == (MIXED, "web1")
+    assert [(mark.image, mark.reason) for mark in change.add] == [(image, InvalidReason.MERGED) for image in MIXED]
+    assert valid_layers(disk(), change.add) == (True, True, True, True)
     judged = ended(active_job(), merged=False, resolved=Resolution(by="ada", at=5))
     # Of the active layer the base has all: it is right again, whatever had been written below it before.
-    with_base = (*MIXED, Image(FILES[3]))
-    assert mark_change(DataState.BASE_MODIFIED, judged) == MarkChange(remove=with_base, domain="web1")
+    change = mark_change(DataState.BASE_MODIFIED, judged)
+    assert change is not None
+    assert change.remove == (*MIXED, Image(FILES[3]))
+    assert [mark.image for mark in change.add] == [Image(file) for file in FILES[:3]]
 
 
 def test_a_kept_overlay_keeps_the_marks() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from app.api.problems import ProblemOut, problem_document
-from app.api.schemas.base import Out
+from app.api.schemas.base import Out, time_or_none
 from app.engine.views import DomainState, DomainView
 
 
@@ -31,6 +31,7 @@ class DomainOut(Out):
     managed_by: str | None = Field(description="`libvirt`, or null")
     error: ProblemOut | None
     disks: Sequence[str] = Field(description="target names")
+    since: str | None = Field(description="since when the service knows that it is off; null unless it is `shutoff`")
 
 
 class Domains(Out):
@@ -52,6 +53,7 @@ def domain_out(view: DomainView) -> DomainOut:
         managed_by=view.managed_by,
         error=problem_document(view.error, f"/domains/{view.id}") if view.error else None,
         disks=view.disks,
+        since=time_or_none(view.since),
     )
 
 

@@ -12,25 +12,26 @@ from app.core.evidence import Evidence, Judgement, Proof
 from app.core.images import Claim, Image
 from app.core.orphan import OrphanJob
 from app.core.plan import Facts, Inquiry, Plan, QemuCommand
-from app.core.states import DataState, JobType, OnError
+from app.core.states import DataState, JobType, OnError, OnReady
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
     """A layer as it was when the job was accepted. `identity` is None where QEMU's file could not be seen.
 
-    `device` is the number of a block device.
+    `device` is the number of a block device, `born` when the file was made (ns since 1970).
     """
 
     file: str
     node: str
     identity: Identity | None = None
     device: int | None = None
+    born: int | None = None
 
     @property
     def image(self) -> Image:
         """The image, as claims and marks name it."""
-        return Image(self.file, self.identity, self.device)
+        return Image(self.file, self.identity, self.device, self.born)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class DiskRecord:
     def of(cls, disk: Disk) -> DiskRecord:
         """The record of a disk that was just read."""
         layers = tuple(
-            LayerRecord(file=each.file, node=each.node, identity=each.identity, device=each.device)
+            LayerRecord(file=each.file, node=each.node, identity=each.identity, device=each.device, born=each.born)
             for each in disk.layers
         )
         return cls(node=disk.node or "", qdev=disk.qdev, backend=disk.backend, digest=disk.digest, layers=layers)
@@ -168,6 +169,10 @@ class JobKind(Protocol):
 
     def layer_names(self, request: Any) -> tuple[str, ...]:
         """The names in a request that may be paths of layers."""
+        ...
+
+    def again(self, spec: Any, disk: str, *, on_ready: OnReady, bandwidth: int) -> Any:
+        """The request by which a job with this spec is planned anew on its disk, whose name is `disk` by now."""
         ...
 
     def capabilities(self, spec: Any) -> Capabilities:

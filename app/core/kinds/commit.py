@@ -56,8 +56,7 @@ from app.core.kinds.refusals import (
     no_room,
     refused,
     to_probe,
-    unread_header,
-    with_snapshots,
+    undeletable,
 )
 from app.core.orphan import OrphanJob
 from app.core.plan import Facts, Inquiry, Plan, QemuCommand
@@ -259,8 +258,7 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
     keep, files = request.on_ready is OnReady.KEEP, selection.disk.files
     invalidates = files[selection.top_index + keep : selection.base_index]
     delete = CommitFlag.DELETE in request.flags
-    undeletable = dict(facts.undeletable) | unread_header(selection, invalidates, facts) | with_snapshots(selection)
-    undeletable = {file: why for file, why in undeletable.items() if delete and file in invalidates}
+    kept_files = undeletable(selection, invalidates, facts) if delete else {}
     spec = CommitSpec(
         disk=DiskRecord.of(selection.disk),
         top_index=selection.top_index,
@@ -270,8 +268,8 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
         header_seen=facts.header.room is not None,
         release=nodes_to_release(selection.disk, selection.top_index, selection.base_index),
         invalidates=invalidates,
-        deletes=tuple(file for file in invalidates if file not in undeletable) if delete else (),
-        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in undeletable.items())
+        deletes=tuple(file for file in invalidates if file not in kept_files) if delete else (),
+        undeletable=tuple(NotDeleted(file=file, reason=why) for file, why in kept_files.items())
         + (data_files(selection) if delete else ()),
     )
     resize = top.virtual_size if top.virtual_size > base.virtual_size else None
@@ -288,8 +286,20 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
         free=facts.free,
         resizes_base_to=resize,
         backing_file=header,
-        warnings=tuple(merge_warnings(selection, facts, demand.growth, resize, undeletable)),
+        warnings=tuple(merge_warnings(selection, facts, demand.growth, resize, kept_files)),
         command=command(spec, bandwidth=request.bandwidth, on_error=request.on_error),
+    )
+
+
+def again(spec: CommitSpec, disk: str, *, on_ready: OnReady, bandwidth: int) -> CommitRequest:
+    """The request for the same layers, with the same string for the header."""
+    return CommitRequest(
+        top=f"{disk}[{spec.top_index}]",
+        base=f"{disk}[{spec.base_index}]",
+        bandwidth=bandwidth,
+        flags=spec.flags & ~CommitFlag.SHALLOW,
+        on_ready=on_ready,
+        backing_file=spec.backing_file,
     )
 
 

@@ -39,7 +39,8 @@ def _shared(selection: LayersSelection, facts: Facts) -> Problem | None:
     if used_by is not None:
         return Problem(
             code=Code.IMAGE_SHARED,
-            detail=f"{base.file} is also read by {used_by}, whose data a merge into it would destroy",
+            detail=f"{base.file} is also read by {used_by}, whose data a merge into it would destroy"
+            + (f"; {facts.shared_because}" if facts.shared_with is not None and facts.shared_because else ""),
             extra={"file": base.file, "used_by": used_by},
         )
     # While the guest is moved, it is the other QEMU that has the lock.
@@ -186,13 +187,6 @@ def to_probe(selection: LayersSelection) -> tuple[str, ...]:
     return tuple(layer.node for layer in written if layer.read_only and not layer.bitmaps)
 
 
-def with_snapshots(selection: LayersSelection) -> dict[str, str]:
-    """Why a deletion leaves images: they hold internal snapshots, which are nowhere else."""
-    return {
-        layer.file: f"it holds {layer.snapshots} internal snapshots" for layer in selection.merged if layer.snapshots
-    }
-
-
 def no_room(demand: Demand, free: int | None) -> Problem | None:
     """Why the file system can't take the demand; nothing is refused where its free space can't be seen."""
     if free is None or demand.growth <= free:
@@ -214,12 +208,17 @@ def data_files(selection: LayersSelection) -> tuple[NotDeleted, ...]:
     )
 
 
-def unread_header(selection: LayersSelection, files: Sequence[str], facts: Facts) -> dict[str, str]:
-    """Why a deletion leaves the files, where the header that names them today can't be read back."""
+def undeletable(selection: LayersSelection, files: Sequence[str], facts: Facts) -> dict[str, str]:
+    """Those of the `files` that a deletion leaves, each with the reason."""
+    found = {file: why for file, why in facts.undeletable.items() if file in files}
     overlay = selection.overlay
-    if overlay is None or facts.header.room is not None:
-        return {}
-    return dict.fromkeys(files, f"the service can't read the header of {overlay.file}, which names it today")
+    if overlay is not None and facts.header.room is None:
+        why = f"the service can't read the header of {overlay.file}, which names it today"
+        found |= dict.fromkeys(files, why)
+    for layer in selection.merged:
+        if layer.snapshots and layer.file in files:
+            found[layer.file] = f"it holds {layer.snapshots} internal snapshots"
+    return found
 
 
 def growth_warnings(target: Layer, facts: Facts, grown: int) -> list[PlanWarning]:
@@ -257,7 +256,7 @@ def known_defects(selection: LayersSelection, version: Version) -> list[PlanWarn
 
 
 def merge_warnings(
-    selection: LayersSelection, facts: Facts, grown: int, resize: int | None, undeletable: Mapping[str, str]
+    selection: LayersSelection, facts: Facts, grown: int, resize: int | None, kept: Mapping[str, str]
 ) -> list[PlanWarning]:
     """What the caller should know of a merge; `grown` and `resize` (the base's new size, or None) are in bytes."""
     base, layers = selection.base, selection.disk.layers
@@ -266,6 +265,8 @@ def merge_warnings(
     found = {
         "base-resized": resize is not None and f"{base.file} becomes {resize} bytes, also if the job is aborted",
         "disk-grows": disk_grows and f"after the pivot the guest sees a disk of {base.virtual_size} bytes",
+        "overlays-not-searched": not facts.overlays_searched
+        and "there was no time to look at all files of image_roots for overlays that nobody has told of",
         "filters-dropped": filters and f"QEMU drops the filters between the layers: {', '.join(filters)}",
     }
     warnings = [PlanWarning(code=code, detail=str(detail)) for code, detail in found.items() if detail]
@@ -280,5 +281,5 @@ def merge_warnings(
         growth_warnings(base, facts, grown)
         + warnings
         + known_defects(selection, facts.survey.version)
-        + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in undeletable.items()]
+        + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in kept.items()]
     )

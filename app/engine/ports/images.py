@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.core.chain import Disk, Identity, Layer, NotDeleted
+from app.core.errors import Problem, Refused
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
+from app.core.images import Image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +19,27 @@ class Measure:
 
     bytes_to_copy: int
     new_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlays:
+    """What was found by looking: the files, and whether all places could be looked at in time."""
+
+    files: tuple[Image, ...] = ()
+    complete: bool = True
+
+
+class ChainUnreadable(Refused):
+    """A chain of a domain that is off can't be read to its end.
+
+    `layers` are those that were read. `blind`: the chain goes on, and nobody knows with which image; else nothing is
+    there any more.
+    """
+
+    def __init__(self, problem: Problem, layers: tuple[Layer, ...], *, blind: bool) -> None:
+        super().__init__(problem)
+        self.layers = layers
+        self.blind = blind
 
 
 class Images(Protocol):
@@ -86,5 +109,19 @@ class Images(Protocol):
         ...
 
     async def offline_disk(self, name: str, image: str) -> Disk:
-        """A disk of a domain that is off, from the headers; raises `Refused` where an image can't be read."""
+        """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read."""
+        ...
+
+    async def overlays_on(self, images: Sequence[Image], besides: Sequence[Image]) -> Overlays:
+        """Files in the folders that the service may look into whose headers lead to one of the images.
+
+        `besides` are files that don't count. Only headers are read, and not for long.
+        """
+        ...
+
+    async def is_there(self, image: Image) -> bool | None:
+        """Whether the image still is what its path leads to, in the service's own view; None where that can't be seen.
+
+        False only where its folder is there, and has no such file or another one.
+        """
         ...

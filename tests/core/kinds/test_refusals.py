@@ -12,7 +12,7 @@ from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.headers import HeaderFacts
 from app.core.kinds import commit
-from app.core.kinds.commit import CommitRequest
+from app.core.kinds.commit import CommitFlag, CommitRequest
 from app.core.plan import Facts, Guest, Parent, Plan, Survey
 from tests.core.samples import FILES, GIB, LAYERS, disk, plan, request, selection
 
@@ -185,3 +185,28 @@ def test_a_defect_of_the_qemu_at_hand(version: tuple[int, int, int], asked: Comm
     found = [warning.detail for warning in made.warnings if warning.code == "qemu-known-defect"]
     assert bool(found) is warned
     assert all("https://bugs.debian.org/1129349" in detail for detail in found)
+
+
+def test_how_a_user_is_known_is_told() -> None:
+    """The refusal says where the user was found, and what ends its use."""
+    facts = Facts(shared_with="web2/vda", shared_because="web2 is off")
+    problem = commit.plan(selection(BELOW), facts)
+    assert isinstance(problem, Problem)
+    assert problem.detail.endswith("; web2 is off")
+    problem = commit.plan(selection(BELOW), Facts(survey=graph(("n0", *EXPORT)), shared_because="x"))
+    assert isinstance(problem, Problem)
+    assert problem.detail.endswith("would destroy")
+
+
+def test_a_search_that_took_too_long_is_told() -> None:
+    """Not to have found an overlay says nothing then."""
+    made = plan(BELOW, facts=Facts(header=HeaderFacts(room=1023), overlays_searched=False))
+    assert "overlays-not-searched" in [warning.code for warning in made.warnings]
+
+
+def test_the_request_of_a_job_that_has_waited() -> None:
+    """It means the same layers, and the same string for the header."""
+    made = plan(request(top="vda[1]", flags=["shallow", "delete"]))
+    asked = commit.again(made.spec, "vda", on_ready=made.on_ready, bandwidth=7)
+    assert (asked.top, asked.base, asked.backing_file) == ("vda[1]", "vda[2]", made.backing_file)
+    assert (asked.flags, asked.bandwidth) == (CommitFlag.DELETE, 7)

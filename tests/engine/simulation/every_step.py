@@ -63,6 +63,8 @@ IMAGES: Final = frozenset(
         "sync",
         "header_facts",
         "offline_disk",
+        "overlays_on",
+        "is_there",
     }
 )
 JOURNAL: Final = frozenset({"add_jobs", "store", "tell_domain", "record_uses", "change_marks"})

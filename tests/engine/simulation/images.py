@@ -7,10 +7,11 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from app.core.chain import Disk, Identity, Layer, NotDeleted
-from app.core.errors import Code, Problem, Refused
+from app.core.errors import Code, Problem
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
-from app.engine.ports.images import Measure
+from app.core.images import Image as ImageName
+from app.engine.ports.images import ChainUnreadable, Measure, Overlays
 from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
 from tests.engine.simulation.life import Life
 from tests.engine.simulation.nodes import DEVICE
@@ -143,6 +144,19 @@ class SimImages:
         named = {name: self._identity(resolve(name, overlay.file)) for name in names}
         return HeaderFacts(named=named, room=1023 if seen else None, seen=seen)
 
+    async def overlays_on(self, images: Sequence[ImageName], besides: Sequence[ImageName]) -> Overlays:
+        """There are no folders to look into."""
+        await self._delay(f"overlays_on {len(images)} {len(besides)}")
+        return Overlays()
+
+    async def is_there(self, image: ImageName) -> bool | None:
+        """Whether the image still is what its path leads to."""
+        await self._delay("is_there")
+        found = self._world.files.paths.get(image.path)
+        if found is None:
+            return False
+        return (DEVICE, found.inode) == image.identity if found.seen else None
+
     async def offline_disk(self, name: str, image: str) -> Disk:
         """A disk of a domain that is off, from the headers."""
         await self._delay("offline_disk")
@@ -152,7 +166,8 @@ class SimImages:
             found = self._seen(path)
             if found is None:
                 detail = f"the disk {name} can't be read: {path}: No such file or directory"
-                raise Refused(Problem(code=Code.DISK_NOT_FOUND, detail=detail, extra={"file": path}))
+                problem = Problem(code=Code.DISK_NOT_FOUND, detail=detail, extra={"file": path})
+                raise ChainUnreadable(problem, tuple(layers), blind=False)
             layers.append(
                 Layer(
                     file=path,
