@@ -293,14 +293,9 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
 
 def again(spec: CommitSpec, disk: str, *, on_ready: OnReady, bandwidth: int) -> CommitRequest:
     """The request for the same layers, with the same string for the header."""
-    return CommitRequest(
-        top=f"{disk}[{spec.top_index}]",
-        base=f"{disk}[{spec.base_index}]",
-        bandwidth=bandwidth,
-        flags=spec.flags & ~CommitFlag.SHALLOW,
-        on_ready=on_ready,
-        backing_file=spec.backing_file,
-    )
+    top, base, flags = f"{disk}[{spec.top_index}]", f"{disk}[{spec.base_index}]", spec.flags & ~CommitFlag.SHALLOW
+    made = CommitRequest(top=top, base=base, flags=flags, bandwidth=bandwidth, on_ready=on_ready)
+    return replace(made, backing_file=spec.backing_file)
 
 
 def adopt(orphan: OrphanJob) -> Plan[CommitSpec] | None:
