@@ -34,6 +34,7 @@ from app.engine.views import Render
 from app.engine.webhook_sender import WebhookSender
 from app.engine.webhooks import WebhookUseCases
 from app.hostfs.images import LocalImages
+from app.hostfs.patience import Workers
 from app.journal.journal import SqliteJournal
 from app.journal.lock import locked
 from app.journal.outbox import SqliteOutbox
@@ -115,9 +116,10 @@ async def running(
         tokens = stack.enter_context(Tokens.open(settings.state_dir, clock))
         tokens.ensure_admin()
         hub = Hub(journal, clock)
-        images = LocalImages(settings.image_roots, settings.qmp_timeout)
+        workers = Workers()
+        images = LocalImages(settings.image_roots, settings.qmp_timeout, workers=workers)
         shared = Shared(
-            drivers={"qmp": QmpDriver(settings.qmp_timeout)},
+            drivers={"qmp": QmpDriver(settings.qmp_timeout, workers)},
             journal=journal,
             images=images,
             clock=clock,
@@ -131,7 +133,9 @@ async def running(
         )
         wrap_ports(shared)
         shared.journal.listen(hub.publish)
-        domains = DomainDirectory(shared, SocketDiscovery(settings.qmp_dir), retention_days=settings.retention_days)
+        domains = DomainDirectory(
+            shared, SocketDiscovery(settings.qmp_dir, workers), retention_days=settings.retention_days
+        )
         outbox = SqliteOutbox(journal, clock)
         sender = HttpSender(settings.webhook_allow, f"blockjobd/{version('blockjobd')}")
         webhook_sender = WebhookSender(

@@ -184,10 +184,11 @@ class MonitorConnection:
         return self.runner is None or same_process(process, self.process) is Sameness.OTHER
 
     def has_ended(self, process: Process | None) -> bool:
-        """Whether that process has ended, as far as can be told while another one may answer in its place."""
-        return self.is_gone(process) or (
-            self.runner is not None and self.is_another(process) and not self.is_alive(process)
-        )
+        """Whether that process has ended, or nobody will ever know whether it has, and another one answers by now."""
+        if self.is_gone(process):
+            return True
+        unknowable = process is None or process.pid is None or process.started is None
+        return unknowable and self.runner is not None and self.is_another(process)
 
     def heard_to_the_end(self, runner: Runner, job_id: str) -> bool:
         """Whether nothing came after what `runner` has heard: QEMU itself ended it, and the job was not at its end."""

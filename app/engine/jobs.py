@@ -252,12 +252,11 @@ class DomainJobs:
             elif id_ in runner.final_reports and live.job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.
                 seen[id_] = runner.final_reports[id_]
-        # A QEMU that lives on without its monitor goes on with its jobs.
+        # A QEMU that lives on without its monitor goes on with its jobs, and so may one that can't be looked at now.
         asked = [
             job
             for job in self.all()
-            if not self._connection.is_another(job.control.process)
-            or not self._connection.is_alive(job.control.process)
+            if not self._connection.is_another(job.control.process) or self._connection.has_ended(job.control.process)
         ]
         for job, event in reconcile(asked, seen, process):
             after = await (self._end_with_qemu(job) if isinstance(event, Gone) else self.advance(job, event))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -137,9 +138,7 @@ class KnownDisks:
 
     async def refresh(self) -> None:
         """Read the disks of all domains that are off anew."""
-        for domain, images in list(self._off.items()):
-            if domain in self._off:
-                await self.read_off(domain, images)
+        await asyncio.gather(*(self.read_off(domain, images) for domain, images in list(self._off.items())))
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import stat
@@ -14,6 +15,8 @@ from typing import Any, Final
 from app.core.chain import Layer
 from app.core.evidence import Process
 from app.engine.ports.images import Measure
+from app.hostfs import qcow2
+from app.hostfs.headers import open_image
 from app.hostfs.process import as_seen_by, stat_of
 from app.hostfs.roots import Roots
 
@@ -43,8 +46,11 @@ class QemuImg:
     program: str
     timeout: float
 
-    async def map(self, image: Mapping[str, object]) -> list[dict[str, Any]] | None:
-        """The map of an image that is described as QAPI `BlockdevOptions`; None where it can't be had in time."""
+    async def map(self, image: Mapping[str, object], files: Sequence[int]) -> list[dict[str, Any]] | None:
+        """The map of an image that is described as QAPI `BlockdevOptions`; None where it can't be had in time.
+
+        `files` are the open files by which the description names all that is to be read.
+        """
         arguments = ("map", "-U", "--output=json", "json:" + json.dumps(image))
         try:
             process = await asyncio.create_subprocess_exec(
@@ -53,6 +59,7 @@ class QemuImg:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
+                pass_fds=files,
             )
         except OSError:
             return None
@@ -73,19 +80,52 @@ class QemuImg:
                 await process.wait()
 
 
-async def measure(layers: Sequence[Layer], process: Process | None, roots: Roots, qemu_img: QemuImg) -> Measure | None:
-    """Read the maps of a run of layers, topmost first; None where the tool or the files can't be had in time."""
-    paths = [as_seen_by(layer.file, process) for layer in layers]
-    readable = all(layer.file.startswith("/") for layer in layers)
-    if not readable or not await asyncio.to_thread(lambda: all(roots.allow(path) for path in paths)):
+MAPPED: Final = frozenset({"raw", "qcow2", "qed"})
+"""The formats that the tool is let loose on: what a monitor names may be anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An image's file, open and judged, and whether it is a block device."""
+
+    file: int
+    device: bool
+
+
+def judge(layers: Sequence[Layer], process: Process | None, roots: Roots) -> tuple[Judged, ...] | None:
+    """The files of the layers, opened for reading after they were judged; None where one must not be read. May block.
+
+    Who gets them closes them. An image that holds its data elsewhere would have the tool open what it names.
+    """
+    opened: list[Judged] = []
+    for layer in layers:
+        try:
+            if layer.format not in MAPPED or layer.data_file is not None or layer.identity is None:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), layer.file)
+            file = open_image(layer.file, process, roots, layer.identity)
+        except (OSError, ValueError):
+            for each in opened:
+                os.close(each.file)
+            return None
+        opened.append(Judged(file, stat.S_ISBLK(os.fstat(file).st_mode)))
+    heads = [os.pread(each.file, qcow2.FEATURES_END, 0) for each in opened]
+    if any(map(qcow2.keeps_data_elsewhere, heads)):
+        for each in opened:
+            os.close(each.file)
         return None
-    devices = await asyncio.to_thread(lambda: [is_device(layer.file, process) for layer in layers])
-    described = [
-        _described(layer.format, path, device=device)
-        for layer, path, device in zip(layers, paths, devices, strict=True)
-    ]
-    base_map = await qemu_img.map(_stacked(described[-1:]))
-    top_map = await qemu_img.map(_stacked(described))
+    return tuple(opened)
+
+
+async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: QemuImg) -> Measure | None:
+    """Read the maps of a run of layers, topmost first, and close their files; None where they can't be had in time."""
+    try:
+        files = [each.file for each in judged]
+        described = [_described(layer.format, each) for layer, each in zip(layers, judged, strict=True)]
+        base_map = await qemu_img.map(_stacked(described[-1:]), files)
+        top_map = await qemu_img.map(_stacked(described), files)
+    finally:
+        for each in judged:
+            os.close(each.file)
     if base_map is None or top_map is None:
         return None
     depth, cluster = len(layers) - 1, layers[-1].cluster_size
@@ -99,9 +139,10 @@ async def measure(layers: Sequence[Layer], process: Process | None, roots: Roots
     return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new)
 
 
-def _described(driver: str, path: str, *, device: bool) -> dict[str, object]:
-    protocol = "host_device" if device else "file"
-    return {"driver": driver, "file": {"driver": protocol, "filename": path, "locking": "off"}}
+def _described(driver: str, judged: Judged) -> dict[str, object]:
+    protocol = "host_device" if judged.device else "file"
+    file = {"driver": protocol, "filename": f"/proc/self/fd/{judged.file}", "locking": "off"}
+    return {"driver": driver, "file": file}
 
 
 def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from app.core.chain import Identity
 from app.core.evidence import Process
+from app.hostfs.credentials import may_unlink_as, unlink_as
 from app.hostfs.locks import is_locked
 from app.hostfs.process import open_folder
 from app.hostfs.roots import Roots
@@ -31,14 +32,20 @@ def unlink(path: str, identity: Identity | None, process: Process | None, roots:
     except OSError as error:
         return f"its folder can't be opened: {error.strerror}"
     try:
+        if identity is None or os.fstat(folder).st_dev != identity[0]:
+            # What was mounted there has come off: the file is where it always was, and not here.
+            return "its folder is another one by now"
         if name not in os.listdir(folder):  # noqa: PTH208 - a folder that is open has no path
             return None
         # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
-        if (reason := _why_not_in(folder, name, identity, roots)) is not None:
+        if (reason := _why_not_in(folder, name, identity, process, roots)) is not None:
             return reason
         if is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
             return "another process has it open"
-        os.unlink(name, dir_fd=folder)
+        if roots.folders:
+            os.unlink(name, dir_fd=folder)
+        elif (refused := unlink_as(process, folder, name)) is not None:
+            return refused
         os.fsync(folder)
     except OSError as error:
         return error.strerror or str(error)
@@ -55,12 +62,12 @@ def _why_not(path: str, identity: Identity | None, process: Process | None, root
     except OSError as error:
         return f"can't be seen by the service: {error.strerror}"
     try:
-        return _why_not_in(folder, posixpath.basename(path), identity, roots)
+        return _why_not_in(folder, posixpath.basename(path), identity, process, roots)
     finally:
         os.close(folder)
 
 
-def _why_not_in(folder: int, name: str, identity: Identity | None, roots: Roots) -> str | None:
+def _why_not_in(folder: int, name: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except OSError as error:
@@ -71,4 +78,6 @@ def _why_not_in(folder: int, name: str, identity: Identity | None, roots: Roots)
         return "not a regular file"
     if not roots.hold(folder):
         return "outside image_roots"
-    return None if (found.st_dev, found.st_ino) == identity else "not the file that QEMU has opened under this name"
+    if (found.st_dev, found.st_ino) != identity:
+        return "not the file that QEMU has opened under this name"
+    return None if roots.folders else may_unlink_as(process, folder, found)

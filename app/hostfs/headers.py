@@ -17,7 +17,7 @@ from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts, meaning
 from app.hostfs import qcow2
 from app.hostfs.identity import identity_of
-from app.hostfs.process import as_seen_by, folder_of
+from app.hostfs.process import folder_of, opened_path
 from app.hostfs.roots import Roots
 
 HEADER: Final = 65536
@@ -30,7 +30,7 @@ def read_header(overlay: str, identity: Identity, process: Process | None, roots
     Returns None, too, if `overlay` now names another file than `identity`. Paths are those of the process.
     """
     try:
-        header = _header_seen_by(overlay, identity, process, roots)
+        header = header_at(overlay, roots, identity, process)
     except (OSError, ValueError):
         return None
     if header.backing is None:
@@ -48,7 +48,7 @@ def header_facts(
     folder, room = _folder(process), None
     if identity is not None:
         with suppress(OSError, ValueError):
-            room = _header_seen_by(overlay, identity, process, roots).room
+            room = header_at(overlay, roots, identity, process).room
     named: dict[str, Identity | None] = {}
     for name in names:
         means = meaning(name, overlay=overlay, folder=folder)
@@ -63,7 +63,7 @@ def _folder(process: Process | None) -> str | None:
 def sync(path: str, identity: Identity, process: Process | None, roots: Roots) -> bool:
     """Have on the disk what anybody has written to the file; whether that was done."""
     try:
-        file = _opened(as_seen_by(path, process), roots, identity)
+        file = open_image(path, process, roots, identity)
     except (OSError, ValueError):
         return False
     try:
@@ -75,28 +75,26 @@ def sync(path: str, identity: Identity, process: Process | None, roots: Roots) -
     return True
 
 
-def _header_seen_by(path: str, identity: Identity, process: Process | None, roots: Roots) -> qcow2.Header:
-    return header_at(as_seen_by(path, process), roots, identity)
-
-
-def header_at(path: str, roots: Roots, identity: Identity | None = None) -> qcow2.Header:
+def header_at(
+    path: str, roots: Roots, identity: Identity | None = None, process: Process | None = None
+) -> qcow2.Header:
     """The header of the image at `path`, of that identity if one is given; raises OSError and `qcow2.NotQcow2`."""
-    file = _opened(path, roots, identity)
+    file = open_image(path, process, roots, identity)
     try:
         return qcow2.parse(os.pread(file, HEADER, 0))
     finally:
         os.close(file)
 
 
-def _opened(path: str, roots: Roots, identity: Identity | None) -> int:
-    # A header may name anything; opening a pipe that nobody writes to would wait for ever.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        _judge(file, path, roots, identity)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
+def open_image(path: str, process: Process | None, roots: Roots, identity: Identity | None) -> int:
+    """The file that the process calls `path`, open for reading; raises OSError.
+
+    It is judged before it is opened: a name may lead to a pipe, which would wait for somebody to write, or to a device
+    that does something when it is opened.
+    """
+    with opened_path(path, process) as named:
+        _judge(named, path, roots, identity)
+        return os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
 
 def _judge(file: int, path: str, roots: Roots, identity: Identity | None) -> None:

@@ -22,29 +22,50 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 def start_time(pid: int) -> int | None:
     """When the process started, in clock ticks since boot (proc(5), stat field 22); None where it can't be seen."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
+    with suppress(OSError):
+        fields = _stat(pid)
+        return int(fields[19]) if fields else None
+    return None
 
 
 def is_stopped(pid: int) -> bool:
     """Whether the process is stopped by a signal or a debugger, so that it answers nobody."""
-    fields = _stat(pid)
-    return fields is not None and fields[0] in ("T", "t")
+    with suppress(OSError):
+        fields = _stat(pid)
+        return fields is not None and fields[0] in ("T", "t")
+    return False
 
 
 def alive(process: Process) -> bool | None:
-    """Whether that very process still runs; None where it can't be seen from here. A zombie has ended."""
+    """Whether that very process still runs; None where it can't be seen from here. A zombie has ended.
+
+    An error while looking (no descriptor left, no right to look) says nothing of the process.
+    """
     if process.pid is None or process.started is None:
         return None
-    fields = _stat(process.pid)
-    return fields is not None and fields[0] not in ("Z", "X") and int(fields[19]) == process.started
+    try:
+        fields = _stat(process.pid)
+    except OSError:
+        return None
+    if fields is not None:
+        return fields[0] not in ("Z", "X") and int(fields[19]) == process.started
+    try:
+        # A /proc that is mounted with hidepid shows others' processes as if they were not there.
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return None
+    return None
 
 
 def _stat(pid: int) -> list[str] | None:
-    with suppress(OSError):
+    """The fields of the process from the third on; None if there is no such process. Raises OSError."""
+    try:
         # The second field, the command in parentheses, may hold anything, also spaces and parentheses.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def as_seen_by(path: str, process: Process | None) -> str:
@@ -98,12 +119,16 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     found: set[Identity] | None = None
     with suppress(OSError):
         files = list(os.scandir(f"/proc/{process.pid}/fd"))
-        found = set()
+        seen: set[Identity] = set()
         for file in files:
-            with suppress(OSError):
-                seen = file.stat()
-                found.add((seen.st_dev, seen.st_ino))
-    if not alive(process):
+            try:
+                status = file.stat()
+            except FileNotFoundError:
+                # It was closed meanwhile.
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        found = seen
+    if alive(process) is False:
         return frozenset()
     return None if found is None else frozenset(found)
 

@@ -14,6 +14,11 @@ MAGIC: Final = b"QFI\xfb"
 BACKING_FORMAT: Final = 0xE2792ACA
 """The header extension that names the format of the backing image."""
 
+VERSION_3: Final = 3
+FEATURES_END: Final = 80
+DATA_FILE_BIT: Final = 4
+"""The incompatible features are the 8 bytes in front of that place, from version 3 on."""
+
 FEATURES: Final = 0x6803F857
 """The header extension that names the features."""
 
@@ -70,6 +75,14 @@ def parse(head: bytes) -> Header:
         backing_format=_backing_format(head, version),
         room=_room(head, version, 1 << cluster_bits),
     )
+
+
+def keeps_data_elsewhere(head: bytes) -> bool:
+    """Whether the first bytes of a file are a qcow2 header that names another file for the data (or are cut short)."""
+    if head[:4] != MAGIC:
+        return False
+    version = int.from_bytes(head[4:8], "big")
+    return version >= VERSION_3 and (len(head) < FEATURES_END or bool(head[FEATURES_END - 1] & DATA_FILE_BIT))
 
 
 def _extensions(head: bytes, version: int) -> Iterator[tuple[int, bytes]]:

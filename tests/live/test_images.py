@@ -243,7 +243,10 @@ def test_undeletable(zoo: Path) -> None:
         "../none": "can't be seen by the service: No such file or directory",
         "nbd://host/export": "not a file",
     }
-    assert not asyncio.run(IMAGES.undeletable(identified([f"{zoo}/door/secret"]), None))
+    secret = identified([f"{zoo}/door/secret"])
+    assert not asyncio.run(IMAGES.undeletable(secret, process_of(os.getpid())))
+    # Without roots it is the process that has to have the right to delete, so it has to be seen.
+    assert "set image_roots" in asyncio.run(IMAGES.undeletable(secret, None))[f"{zoo}/door/secret"]
     # A root whose name merely begins the same way is another folder.
     (zoo.parent / "images-old").mkdir()
     (zoo.parent / "images-old" / "plain").write_text("data")
@@ -267,7 +270,7 @@ def test_unlink(zoo: Path) -> None:
 
     names = ("plain", "none", "busy", "link", "pipe", "folder", "door/secret", "no-folder/image")
     paths = [str(zoo / name) for name in names]
-    before = list(identified(paths).items())
+    before = list((identified(paths) | {str(zoo / "none"): (identity[0], 1)}).items())
     deleted, kept = asyncio.run(images.unlink(dict(before), None, in_use))
     assert deleted == (str(zoo / "plain"), str(zoo / "none"))
     assert kept == (
@@ -290,8 +293,9 @@ def test_unlink_what_a_process_has_open(tmp_path: Path) -> None:
     with Qemu(tmp_path / "vm.qmp", blockdev(chain)) as qemu:
         (file,) = files = identified([chain.at(0)])
         why = (NotDeleted(file=file, reason="another process has it open"),)
+        inside = LocalImages((tmp_path,), 10)
         for process in (None, process_of(os.getpid()), Process(pid=qemu.pid, started=0, uuid=None)):
-            assert asyncio.run(IMAGES.unlink(files, process, nobody)) == ((), why)
+            assert asyncio.run(inside.unlink(files, process, nobody)) == ((), why)
         assert asyncio.run(IMAGES.unlink(files, process_of(qemu.pid), nobody)) == ((file,), ())
 
 
@@ -328,12 +332,16 @@ def test_links_of_another_root_lead_nowhere(zoo: Path) -> None:
     (zoo / "image").write_text("data")
     (zoo / "up").symlink_to("..")
     with container(zoo) as process:
-        images = LocalImages(("/images",), 10)
         names = ("door/secret", "up/elsewhere/secret", "../elsewhere/secret")
         bad = [f"/images/{name}" for name in names]
         files = dict.fromkeys(bad, identity_of(target / "secret")) | {"/images/image": identity_of(zoo / "image")}
-        assert set(asyncio.run(images.undeletable(files, process))) == set(bad)
-        deleted, kept = asyncio.run(images.unlink(files, process, nobody))
+        # What it calls by the name of a root is no root of the service's.
+        for root in ("/images", str(zoo)):
+            rooted = LocalImages((root,), 10)
+            assert set(asyncio.run(rooted.undeletable(files, process))) == set(files)
+            assert asyncio.run(rooted.unlink(files, process, nobody))[0] == ()
+        assert set(asyncio.run(IMAGES.undeletable(files, process))) == set(bad)
+        deleted, kept = asyncio.run(IMAGES.unlink(files, process, nobody))
     assert (deleted, [item.file for item in kept]) == (("/images/image",), bad)
     assert (target / "secret").read_text() == "data"
     assert not (zoo / "image").exists()

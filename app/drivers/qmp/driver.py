@@ -14,6 +14,7 @@ from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import QmpEvents
 from app.drivers.qmp.runner import QmpRunner
 from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts
+from app.hostfs.patience import Workers
 from app.hostfs.process import alive, start_time
 
 T = TypeVar("T")
@@ -50,9 +51,10 @@ PROCESSES: Final = 4096
 class QmpDriver:
     """The `Driver` port; `timeout` is the most seconds that one command may take."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, workers: Workers | None = None) -> None:
         self.capabilities = DriverCapabilities(kinds=frozenset(KINDS))
         self._timeout = timeout
+        self._workers = workers or Workers()
         self._names: dict[Process, dict[str, str]] = {}
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
@@ -62,7 +64,8 @@ class QmpDriver:
         try:
             commands = await connection.ask(replies.COMMANDS)
             facts = await _facts(connection, commands)
-            return QmpRunner(connection, facts, commands, events, self._names_in(facts.process))
+            names = self._names_in(facts.process)
+            return QmpRunner(connection, facts, commands, events, names=names, workers=self._workers)
         except BaseException:
             await connection.close()
             raise

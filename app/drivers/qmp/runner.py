@@ -23,11 +23,15 @@ from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import QmpEvents
 from app.engine.ports.driver import Declined, QemuFacts
 from app.hostfs.identity import with_files
+from app.hostfs.patience import Overdue, Workers
 from app.hostfs.process import folder_of
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+FILES_S: Final = 5.0
+"""Seconds that the file systems have to answer what the files of the disks are."""
 
 READS: Final = 3
 """How often the disks are read before a graph that changes all the while is given up."""
@@ -42,9 +46,12 @@ class QmpRunner:
         facts: QemuFacts,
         commands: frozenset[str],
         events: QmpEvents,
+        *,
         names: dict[str, str],
+        workers: Workers,
     ) -> None:
         self.facts = facts
+        self._workers = workers
         self._names = names
         self._connection = connection
         self._commands = commands
@@ -118,13 +125,22 @@ class QmpRunner:
                 disks = await self._read_disks()
             except graph.Torn:
                 continue
-            disks = await asyncio.to_thread(with_files, disks, self.facts.process)
+            disks = await self._with_files(disks)
             if any(layer.identity is None for disk in disks for layer in disk.layers):
                 # A process that ends holds no file any more. What it had open would seem to be no file of its own, and
                 # a job planned by that could never be proven to have ended well.
                 await self.guest()
             return disks
         raise Declined(Problem(code=Code.QEMU_ERROR, detail="the block graph changes while it is read; try again"))
+
+    async def _with_files(self, disks: tuple[Disk, ...]) -> tuple[Disk, ...]:
+        process = self.facts.process
+        try:
+            return await self._workers.do(with_files, disks, process, within=FILES_S, owner=process, most=1)
+        except Overdue as error:
+            # What is not known of the files refuses whatever needs it.
+            log.warning("file system silent", name=self.facts.name, pid=process.pid, error=str(error))
+            return disks
 
     async def _read_disks(self) -> tuple[Disk, ...]:
         ask = self._connection.ask
