@@ -220,6 +220,7 @@ class Actor:
                     await self._jobs.find_gone()
                 self.connection.tried.set()
             case Change.HUNG:
+                self._jobs.unqueue()
                 await self._tell(DomainEvent.DISCONNECTED)
             case None:
                 pass

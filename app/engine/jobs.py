@@ -18,7 +18,7 @@ from app.core.machine.step import Step, StoredVersion
 from app.core.machine.table import start_job, step
 from app.core.marks import mark_change
 from app.core.reconcile import leftovers, orphans, reconcile
-from app.core.states import WITH_QEMU, Command, DataState, EventType, State
+from app.core.states import WITH_QEMU, Command, DataState, EventType, Intent, OnReady, State
 from app.engine.connection import MonitorConnection
 from app.engine.executor import Executor, LiveJob
 from app.engine.ports.driver import MonitorError, Runner
@@ -58,8 +58,7 @@ class DomainJobs:
         self._orphans: list[str] = []
         for job in jobs:
             shared.live[job.id] = job
-            if job.state is not State.QUEUED:
-                shared.budget.occupy(job.id)
+            self._place(job)
 
     def all(self) -> tuple[Job, ...]:
         """The unfinished jobs, oldest first."""
@@ -165,8 +164,16 @@ class DomainJobs:
         else:
             live = self._live.setdefault(job.id, LiveJob(job))
             live.job = self._shared.live[job.id] = job
+            self._place(job)
         self._shared.hub.note_move()
         return job
+
+    def _place(self, job: Job) -> None:
+        """See to it that a job has a place if it works, and none while it waits for a person."""
+        if job.state is State.READY and job.on_ready is OnReady.WAIT and job.control.intent is Intent.RUN:
+            self._shared.budget.leave(job.id)
+        elif job.state is not State.QUEUED:
+            self._shared.budget.occupy(job.id)
 
     # Looking ----------------------------------------------------------------------------------------------------------
 
@@ -183,6 +190,8 @@ class DomainJobs:
             await self._observe(runner)
         for job in self.all():
             if job.state is State.QUEUED and self._shared.budget.claim(job.id, self._wake):
+                # One that does not answer is found out before the job counts as one that may have been started.
+                await runner.guest()
                 await self.advance(job, Launch(self._connection.process))
 
     async def find_gone(self) -> None:
@@ -238,7 +247,6 @@ class DomainJobs:
                 log.warning("not adopted yet", domain=domain, job=id_, error=str(error))
                 self._orphans.append(id_)
             else:
-                self._shared.budget.occupy(id_)
                 self._shared.recovery.adopted(self._keep(job))
 
     async def _observe(self, runner: Runner) -> None:

@@ -53,16 +53,15 @@ def reachable(path: Path) -> None:
 def process_of_nobody() -> Generator[Process]:
     """A process of another user."""
     command = ["sh", "-c", "echo up; exec sleep 60"]
-    started = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, user=NOBODY, group=NOBODY, extra_groups=[], cwd="/"
-    )
-    try:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "up\n"
-        yield Process(pid=started.pid, started=start_time(started.pid), uuid=None)
-    finally:
-        started.kill()
-        started.wait()
+    ) as started:
+        try:
+            assert started.stdout is not None
+            assert started.stdout.readline() == "up\n"
+            yield Process(pid=started.pid, started=start_time(started.pid), uuid=None)
+        finally:
+            started.kill()
 
 
 def may(process: Process, file: Path) -> str | None:
