@@ -148,6 +148,10 @@ class CommitIn(In):
     backing_file: Text | None = Field(
         default=None, description="what the header above `top` is to say; null: chosen by the service"
     )
+    verify: bool = Field(
+        default=False,
+        description="below the active layer: compare the merged layers with the base, byte by byte, before the end",
+    )
     callback: CallbackIn | None = Field(default=None, description="a webhook for this job alone")
 
 

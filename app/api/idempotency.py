@@ -15,8 +15,7 @@ from app.api.codes import MEDIA_TYPE
 from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, problem_response
 from app.core.errors import Refused
-from app.core.job import Job
-from app.engine.jobs import refusal_of
+from app.core.job import Job, refusal_of
 from app.engine.ports.journal import IdempotencyKey, JournalFull, StoredAnswer
 from app.engine.service import Service
 
@@ -72,8 +71,7 @@ async def served_once(
 ) -> Response:
     """The answer of `serve`, or the answer to an earlier request under the key. `path` is the path of the request.
 
-    `serve` stores the key together with the job that it makes. A request that was refused before it made a job is
-    served anew.
+    `serve` stores the key together with the job that it makes. A request that was refused is served anew.
     """
     with use.keys.alone(key):
         kept = await use.keys.kept(key)
@@ -84,13 +82,7 @@ async def served_once(
                 await _keep(use, key, answer)
             answer.headers[REPLAYED] = "true"
             return answer
-        try:
-            answer = await serve()
-        except Refused as refused:
-            # QEMU may have refused the job after the journal had stored it.
-            if "job" not in refused.problem.extra or await use.keys.kept(key) is None:
-                raise
-            answer = problem_response(refused.problem, path)
+        answer = await serve()
         await _keep(use, key, answer)
         return answer
 

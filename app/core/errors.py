@@ -130,6 +130,9 @@ OUT_OF_SPACE = "No space left on device"
 LOCKED = re.compile(r'Failed to get (shared )?"[a-z -]+" lock')
 """How QEMU says that another process has an image open (block/file-posix.c: raw_check_lock_bytes)."""
 
+READ_ONLY = re.compile(r"Block node is read-only|Could not reopen file: ")
+"""How QEMU says that it can't open an image for writing (block.c, block/file-posix.c)."""
+
 CANCELED = "Operation canceled"
 """strerror(ECANCELED), QEMU's error of a job that was canceled by force."""
 
@@ -152,6 +155,8 @@ def qemu_problem(error_class: str, desc: str, *, doing: str) -> Problem:
     code = Code.QEMU_ERROR
     if error_class == "CommandNotFound":
         code = Code.NOT_SUPPORTED
+    elif READ_ONLY.search(desc):
+        code = Code.IMAGE_READ_ONLY
     elif "is in use by block job" in desc:
         code = Code.JOB_CONFLICT
     elif "Permission conflict on node" in desc and "as 'backing' child" in desc:

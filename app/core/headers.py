@@ -20,6 +20,11 @@ OPTIONLESS: Final = frozenset({"driver", "file", "backing", "filename", "node-na
 PROTOCOLS: Final = frozenset({"file", "host_device"})
 """The drivers of local files and devices (QAPI `BlockdevDriver`)."""
 
+FILTERS: Final = frozenset({"blkdebug", "blklogwrites", "blkverify", "compress", "preallocate", "throttle"})
+"""Drivers that stand between a format and its file, and pass the data on."""
+
+FILTERS_MAX: Final = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meaning:
@@ -86,6 +91,12 @@ def _described(text: str, folder: str | None) -> Meaning | None:
         carrier = {key.removeprefix("file."): of[key] for key in of if key.startswith("file.")}
     else:
         carrier = of
+    for _ in range(FILTERS_MAX):
+        # Filters pass the data on, and nobody needs them to read it.
+        below = carrier.get("file", carrier.get("image"))
+        if carrier is of or carrier.get("driver") not in FILTERS or not isinstance(below, dict):
+            break
+        carrier = cast("Mapping[str, object]", below)
     path, protocol, driver = carrier.get("filename"), carrier.get("driver", "file"), of.get("driver")
     if file is not None and carrier is of:
         # It names a node, which only one QEMU has.

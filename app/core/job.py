@@ -30,12 +30,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The chain after the job, active layer first, and what became of the merged images."""
+    """The chain after the job, active layer first, and what became of the merged images.
+
+    `verified` are the bytes that were compared; None where nobody asked for that.
+    """
 
     chain: tuple[str, ...]
     invalidated: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
+    verified: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,3 +199,10 @@ def adopted(plan: Plan[Spec], *, id_: str, domain: str, process: Process, now: i
     """The record of a job that QEMU has and the journal did not, running; `now` is in ms since 1970."""
     job = accept(plan, id_=id_, domain=domain, requested_by=UNKNOWN, now=now, process=process)
     return replace(job, state=State.RUNNING, started_at=now, data_state=job.capabilities.data_at_start)
+
+
+def refusal_of(job: Job) -> Problem | None:
+    """How the request for a job is refused that QEMU did not even start; None for any other job."""
+    if job.state is not State.FAILED or job.error is None or job.started_at is not None:
+        return None
+    return replace(job.error, extra={**job.error.extra, "job": job.id})

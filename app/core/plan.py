@@ -30,12 +30,13 @@ class Parent:
     """Who has a node below itself in QEMU's graph.
 
     `kind` is QAPI `XDbgBlockGraphNodeType`. `name` is a node's, a job's, or that of a device or an export; `role` is
-    what the node is to it.
+    what the node is to it, and `shares_write` whether it lets others write to the node.
     """
 
     kind: str
     name: str
     role: str
+    shares_write: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import structlog
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
 from app.core.images import Image, valid_layers
-from app.core.job import Job, accept
+from app.core.job import Job, accept, refusal_of
 from app.core.kinds import Spec
 from app.core.machine.inputs import Input
 from app.core.machine.table import step
@@ -27,7 +27,7 @@ from app.core.states import State
 from app.engine.connection import Change, MonitorConnection, Phase
 from app.engine.disks import DomainDisks
 from app.engine.executor import Executor
-from app.engine.jobs import DomainJobs, named, refusal_of
+from app.engine.jobs import DomainJobs, named
 from app.engine.planning import Planner, jobs_on
 from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
@@ -77,7 +77,7 @@ class Actor:
         self._shared = shared
         self._planner = Planner(registration, shared, self.connection, self.disks)
         self._executor = Executor(
-            shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all())
+            shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all()), self.wake
         )
         self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
         self._inbox: deque[_Request] = deque()
@@ -116,7 +116,7 @@ class Actor:
             version=facts.version if facts else None,
             pid=facts.process.pid if facts else None,
             managed_by=facts.managed_by if facts else None,
-            error=unreadable or self.connection.error,
+            error=unreadable if state is DomainState.SHUTOFF else self.connection.error,
             disks=tuple(disk.name for disk in self.disks.known),
             since=self._since,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -9,11 +10,12 @@ from typing import Final
 import structlog
 
 from app.core.chain import Disk, Identity, NotDeleted
-from app.core.errors import Problem
+from app.core.errors import Code, Problem
 from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict, same_process
 from app.core.images import Image
 from app.core.job import Job, Result
 from app.core.kinds import kind_of
+from app.core.kinds.base import LayerRecord
 from app.core.machine.inputs import (
     Accepted,
     CleanedUp,
@@ -44,9 +46,8 @@ class LiveJob:
 
     `planned_now`: its plan is of this moment. `flushed`: its data was on the disk when QEMU held it at `pending`.
     `listed_by` is the connection over which QEMU has last shown that it has the job. `header_due` is until when its
-    header is tried to be read.
-    `progress_due` is when its progress may be told next, `paused_since` since when it has been seen paused without a
-    break, both on the clock's seconds.
+    header is tried to be read, `comparison` compares its images. `progress_due` is when its progress may be told next,
+    `paused_since` since when it has been seen paused without a break, both on the clock's seconds.
     """
 
     job: Job
@@ -57,6 +58,7 @@ class LiveJob:
     paused_since: float | None = None
     listed_by: Runner | None = None
     header_due: float | None = None
+    comparison: asyncio.Task[str | None] | None = None
 
     def sameness(self, runner: Runner | None, found: Sameness) -> Sameness:
         """Whether who answers now took the job: over the connection that has shown the job, it is nobody else.
@@ -81,7 +83,8 @@ class Executor:
     """Carries out the commands of one domain's jobs.
 
     `monitor_error` is what a runner's call has met in the middle of a job's move. The actor deals with it afterwards,
-    as that may move jobs in turn. `replan` says what speaks by now against starting a job that has waited.
+    as that may move jobs in turn. `replan` says what speaks by now against starting a job that has waited. `wake`
+    has the actor look again.
     """
 
     def __init__(
@@ -90,12 +93,14 @@ class Executor:
         connection: MonitorConnection,
         disks: DomainDisks,
         replan: Callable[[Job], Awaitable[Problem | None]],
+        wake: Callable[[], None],
     ) -> None:
         self.monitor_error: MonitorError | None = None
         self._shared = shared
         self._connection = connection
         self._disks = disks
         self._replan = replan
+        self._wake = wake
         self._on_runner: Final[dict[Command, Callable[[Runner, Job, LiveJob], Awaitable[Input | None]]]] = {
             Command.START: self._start,
             Command.PIVOT: self._pivot,
@@ -116,7 +121,7 @@ class Executor:
             if command is Command.GATHER:
                 return await self._gather(job, live)
             if command is Command.CLEAN_UP:
-                return await self._clean_up(job)
+                return await self._clean_up(job, live)
             runner = self._usable
             return None if runner is None else await self._on_runner[command](runner, job, live)
         except Declined as declined:
@@ -227,10 +232,16 @@ class Executor:
         process = None if self._connection.has_ended(job.control.process) else job.control.process
         return await self._shared.images.sync(file, job.spec.disk.identity(file), process)
 
-    async def _clean_up(self, job: Job) -> CleanedUp | None:
+    async def _clean_up(self, job: Job, live: LiveJob) -> CleanedUp | None:
         images, judgement = self._shared.images, job.control.judgement
         assert judgement is not None
         tidy = kind_of(job.spec).cleanup(job.spec, judgement)
+        # Whatever is deleted, and whatever QEMU forgets, is so after the comparison.
+        verdict = self._verdict_of(job, live, tidy.compared) if tidy.compared else (None, None)
+        if verdict is None:
+            return None
+        problem, verified = verdict
+        tidy = tidy if problem is None else tidy.without_deletions("the comparison has failed")
         completed = judgement.state is State.COMPLETED
         ended = job.control.verdict is Verdict.GONE or self._connection.is_gone(job.control.process)
         chain = tidy.chain
@@ -248,9 +259,7 @@ class Executor:
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
         if tidy.to_delete and not await self._header_is_on_the_disk(job):
-            why = f"the new header of {job.overlay_file} is not known to be on the disk"
-            left = tuple(NotDeleted(file=file, reason=why) for file in tidy.to_delete)
-            tidy = replace(tidy, to_delete={}, not_deleted=tidy.not_deleted + left)
+            tidy = tidy.without_deletions(f"the new header of {job.overlay_file} is not known to be on the disk")
         if tidy.to_delete:
             await self._shared.known.refresh()
         if ended and tidy.to_delete and not await self._sees_as_qemu_did(job):
@@ -264,7 +273,26 @@ class Executor:
 
             deleted, left = await images.unlink(tidy.to_delete, job.control.process, in_use)
         result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
-        return CleanedUp(result)
+        return CleanedUp(replace(result, verified=verified), problem)
+
+    def _verdict_of(
+        self, job: Job, live: LiveJob, layers: tuple[LayerRecord, ...]
+    ) -> tuple[Problem | None, int | None] | None:
+        """What the comparison of a job's images has shown: why they differ, or how many bytes are the same.
+
+        None while it goes on: it may take hours, in which the domain's other jobs are looked at.
+        """
+        if live.comparison is None:
+            process = None if self._connection.has_ended(job.control.process) else job.control.process
+            live.comparison = asyncio.create_task(self._shared.images.compare(layers, process))
+            live.comparison.add_done_callback(lambda _done: self._wake())
+        if not live.comparison.done():
+            return None
+        why = live.comparison.result()
+        if why is None:
+            return None, layers[0].virtual_size
+        detail = f"{layers[-1].file} does not show what the merged layers show: {why}; nothing was deleted"
+        return Problem(code=Code.VERIFICATION_FAILED, detail=detail, extra={"file": layers[-1].file}), None
 
 
 def _reading(disk: Disk) -> GraphReading:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
+from app.core.job import refusal_of
 from app.engine.ports.clock import Clock
 from app.engine.ports.journal import IdempotencyKey, Journal, StoredAnswer
 
@@ -55,8 +56,13 @@ class IdempotencyKeys:
             self._under_way.remove(name)
 
     async def kept(self, key: IdempotencyKey) -> StoredAnswer | None:
-        """What the first request under the key led to; raises `Refused` where that was another request."""
+        """What the first request under the key led to; raises `Refused` where that was another request.
+
+        A refusal leaves the key free, also one by QEMU, for which there is a job that was never started.
+        """
         kept = await self._journal.kept(key, since=self._clock.now() - kept_for(key.who))
+        if kept is not None and (job := await self._journal.job(kept.job_id)) is not None and refusal_of(job):
+            return None
         if kept is not None and kept.fingerprint != key.fingerprint:
             raise Refused(
                 Problem(

@@ -9,7 +9,6 @@ from typing import Final
 
 import structlog
 
-from app.core.errors import Problem
 from app.core.images import Image, Resource
 from app.core.job import Job, adopted
 from app.core.kinds import adopt, kind_of
@@ -282,10 +281,3 @@ class DomainJobs:
 def named(resource: Resource | None, disk: str) -> str:
     """What two jobs have claims on, in words."""
     return f"the image {resource.path}" if isinstance(resource, Image) else f"the disk {disk}"
-
-
-def refusal_of(job: Job) -> Problem | None:
-    """How the request for a job is refused that QEMU did not even start; None for any other job."""
-    if job.state is not State.FAILED or job.error is None or job.started_at is not None:
-        return None
-    return replace(job.error, extra={**job.error.extra, "job": job.id})

@@ -14,11 +14,15 @@ from typing import Any, Final
 
 from app.core.chain import Layer
 from app.core.evidence import Process
+from app.core.kinds.base import LayerRecord
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.headers import open_image
 from app.hostfs.process import as_seen_by, stat_of
 from app.hostfs.roots import Roots
+
+SAID_MAX: Final = 1000
+"""Characters that are kept of what the tool says."""
 
 MAP_MAX: Final = 64 << 20
 """Bytes of an image's map that are read; that of a larger image is estimated instead."""
@@ -79,6 +83,30 @@ class QemuImg:
                 process.kill()
                 await process.wait()
 
+    async def compare(self, one: Mapping[str, object], other: Mapping[str, object], files: Sequence[int]) -> str | None:
+        """Why two described images don't show the same, in the tool's own words; None if they do.
+
+        It takes as long as it takes to read both; whoever waits may be canceled.
+        """
+        images = ("json:" + json.dumps(each) for each in (one, other))
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(self.program, "compare", "-U", *images),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=files,
+            )
+        except OSError as error:
+            return f"{self.program} can't be run: {error.strerror}"
+        try:
+            said, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return None if process.returncode == 0 else said.decode(errors="replace").strip()[:SAID_MAX]
+
 
 MAPPED: Final = frozenset({"raw", "qcow2", "qed"})
 """The formats that the tool is let loose on: what a monitor names may be anything."""
@@ -92,7 +120,9 @@ class Judged:
     device: bool
 
 
-def judge(layers: Sequence[Layer], process: Process | None, roots: Roots) -> tuple[Judged, ...] | None:
+def judge(
+    layers: Sequence[Layer] | Sequence[LayerRecord], process: Process | None, roots: Roots
+) -> tuple[Judged, ...] | None:
     """The files of the layers, opened for reading after they were judged; None where one must not be read. May block.
 
     Who gets them closes them. An image that holds its data elsewhere would have the tool open what it names.
@@ -100,7 +130,7 @@ def judge(layers: Sequence[Layer], process: Process | None, roots: Roots) -> tup
     opened: list[Judged] = []
     for layer in layers:
         try:
-            if layer.format not in MAPPED or layer.data_file is not None or layer.identity is None:
+            if layer.format not in MAPPED or layer.identity is None:
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), layer.file)
             file = open_image(layer.file, process, roots, layer.identity)
         except (OSError, ValueError):
@@ -114,6 +144,19 @@ def judge(layers: Sequence[Layer], process: Process | None, roots: Roots) -> tup
             os.close(each.file)
         return None
     return tuple(opened)
+
+
+async def compare(layers: Sequence[LayerRecord], judged: Sequence[Judged], qemu_img: QemuImg) -> str | None:
+    """Why the topmost layer, over all others, does not show what the last one shows; None if it does.
+
+    Closes the files. What one of the two has beyond the end of the other has to be zeros.
+    """
+    try:
+        described = [_described(layer.format, each) for layer, each in zip(layers, judged, strict=True)]
+        return await qemu_img.compare(_stacked(described), _stacked(described[-1:]), [each.file for each in judged])
+    finally:
+        for each in judged:
+            os.close(each.file)
 
 
 async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: QemuImg) -> Measure | None:

@@ -17,6 +17,7 @@ from app.core.errors import Code, Problem
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
 from app.core.images import Image
+from app.core.kinds.base import LayerRecord
 from app.engine.ports.images import ChainUnreadable, Measure, Overlays
 from app.hostfs import allocation, deletion, headers, identity, locks, offline, overlays
 from app.hostfs.patience import Overdue, Workers
@@ -85,6 +86,13 @@ class LocalImages:
         """Read the maps of a run of layers, topmost first; None where the tool or the files can't be had in time."""
         judged = await self._do(None, process, allocation.judge, layers, process, self._roots)
         return None if judged is None else await allocation.measure(layers, judged, self._qemu_img)
+
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+        """Why the topmost layer, over all others, does not show what the last one shows; None if it does."""
+        judged = await self._do(None, process, allocation.judge, layers, process, self._roots)
+        if judged is None:
+            return "the images can't be opened by the service"
+        return await allocation.compare(layers, judged, self._qemu_img)
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
         """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""

@@ -198,7 +198,6 @@ def test_a_domain() -> None:
         "qemu": None,
         "managed_by": None,
         "disks": ["vda"],
-        "since": None,
     }
     running = replace(view, state=DomainState.RUNNING, version="7.2.22", pid=4242, error=None)
     assert json.loads(domain_json(running))["qemu"] == {"version": "7.2.22", "pid": 4242}

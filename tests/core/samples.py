@@ -59,6 +59,7 @@ def request(
     on_ready: OnReady = OnReady.WAIT,
     on_error: OnError = OnError.REPORT,
     backing_file: str | None = None,
+    verify: bool = False,
 ) -> CommitRequest:
     """A request whose fields are right."""
     made = commit.request(
@@ -69,6 +70,7 @@ def request(
         on_ready=on_ready,
         on_error=on_error,
         backing_file=backing_file,
+        verify=verify,
     )
     assert isinstance(made, CommitRequest), made
     return made

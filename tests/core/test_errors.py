@@ -66,3 +66,10 @@ def test_a_refusal_carries_its_problem() -> None:
 def test_codes_are_spelt_as_their_names() -> None:
     """A code's text is its name in lower case with hyphens, so that none is misspelt."""
     assert [code.value for code in Code] == [code.name.lower().replace("_", "-") for code in Code]
+
+
+@pytest.mark.parametrize("desc", ["Block node is read-only", "Could not reopen file: Permission denied"])
+def test_an_image_that_qemu_can_not_write(desc: str) -> None:
+    """The reason has a code of its own."""
+    problem = qemu_problem("GenericError", desc, doing="block-commit")
+    assert (problem.code, problem.extra) == (Code.IMAGE_READ_ONLY, {"qmp": {"class": "GenericError", "desc": desc}})

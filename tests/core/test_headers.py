@@ -40,6 +40,17 @@ OVERLAY = "/images/web1/s3.qcow2"
             id="json-with-another-backing",
         ),
         pytest.param('json:{"driver":"raw","file":"node0"}', None, id="json-of-a-node"),
+        pytest.param(
+            'json:{"driver":"qcow2","file":{"driver":"throttle","throttle-group":"g","file":'
+            '{"driver":"blkdebug","image":{"driver":"file","filename":"/b"}}}}',
+            Meaning(path="/b", driver="qcow2"),
+            id="json-through-filters",
+        ),
+        pytest.param(
+            'json:{"driver":"raw","file":' + '{"driver":"throttle","file":' * 20 + '{"filename":"/b"}' + "}" * 21,
+            Meaning(path=None, options=True),
+            id="json-through-too-many-filters",
+        ),
         pytest.param('json:{"driver":"nbd","host":"h"}', Meaning(path=None, options=True), id="json-of-a-network"),
         pytest.param('json:{"driver":"qcow2","file":{"driver":"file"}}', None, id="json-without-a-name"),
         pytest.param("json:[]", None, id="json-of-a-list"),

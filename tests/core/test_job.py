@@ -1058,3 +1058,13 @@ def test_an_ended_job_goes_nowhere() -> None:
     story.on(DONE)
     assert story.job.progress == Progress(current=1, end=9)
     assert story.job.pause_reason is None
+
+
+def test_a_comparison_that_fails() -> None:
+    """The merge is done, and the job has failed all the same: what was merged is not what the base shows."""
+    story = started(intermediate_job("delete"))
+    story.on(seen("concluded"))
+    story.on(shows(Proof.MERGED))
+    problem = Problem(code=Code.VERIFICATION_FAILED, detail="they differ")
+    story.on(CleanedUp(Result(chain=FILES[:1]), problem))
+    assert (story.told[-1], story.job.error) == ("failed", problem)

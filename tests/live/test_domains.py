@@ -94,7 +94,7 @@ def test_sockets_come_and_go(host: Service) -> None:
 
 
 def test_gone_once_its_job_is_over(host: Service, tmp_path: Path) -> None:
-    """A found domain whose socket goes during a job stays until the job has ended, and not for ever."""
+    """A found domain whose socket goes during a job stays until that has ended, and while its image is there."""
     with Qemu(host.qmp_dir / "leaving.qmp", blockdev(build_chain(tmp_path, 2))) as qemu:
         host.wait_for_domain("leaving")
         job = host.started("leaving", flags=["active"])
@@ -105,8 +105,10 @@ def test_gone_once_its_job_is_over(host: Service, tmp_path: Path) -> None:
         until(lambda: "later" in known(host))
         assert "leaving" in known(host)
         qemu.kill()
-        until(lambda: "leaving" not in known(host))
-    assert host.job(job["id"])["state"] == "failed"
+        assert host.wait_for_job(job["id"])["state"] == "failed"
+        assert host.wait_for_domain("leaving", "shutoff")["since"]
+    (tmp_path / "l1.qcow2").unlink()
+    until(lambda: "leaving" not in known(host), 10)
     (host.qmp_dir / "later.qmp").unlink()
     until(lambda: "later" not in known(host))
 
@@ -227,7 +229,7 @@ def test_a_monitor_over_tcp(host: Service, tmp_path: Path) -> None:
         job = host.started("net", base="vda[2]", top="vda[1]")
         assert host.wait_for_job(job["id"])["state"] == "completed"
         assert [layer["file"] for layer in host.disk("net")["chain"]] == [chain.at(0), chain.at(2)]
-    host.wait_for_domain("net", "unreachable")
+    host.wait_for_domain("net", "shutoff")
     assert host.client.delete("/domains/net").status_code == 204
 
 
@@ -355,7 +357,7 @@ def test_running_and_paused(host: Service, tmp_path: Path) -> None:
 
 
 def test_unreachable(host: Service, tmp_path: Path) -> None:
-    """A domain without a socket, or with one that a killed QEMU left, is `unreachable`, says why, and is refused."""
+    """A domain without a socket is `unreachable`; one that a killed QEMU left is off, with the images that it had."""
     missing = put(host, "gone", 201, qmp=at(tmp_path / "none.qmp"))
     assert (missing["state"], missing["error"]["code"], missing["qemu"]) == ("unreachable", "monitor-unreachable", None)
     assert str(tmp_path / "none.qmp") in missing["error"]["detail"]
@@ -365,13 +367,13 @@ def test_unreachable(host: Service, tmp_path: Path) -> None:
         with sse(host.client, "/domains/stale/events?types=domain.disconnected") as events:
             qemu.kill()
             told = next(events)
-            assert (told["event"], told["data"]["data"]["state"]) == ("domain.disconnected", "unreachable")
+            assert (told["event"], told["data"]["data"]["state"]) == ("domain.disconnected", "shutoff")
         assert qemu.monitor.is_socket()
-        stale = host.wait_for_domain("stale", "unreachable", seconds=3)
-        assert (stale["error"]["code"], stale["qemu"]) == ("monitor-unreachable", None)
-        for name in ("gone", "stale"):
-            refused(host.client.get(f"/domains/{name}/disks"), 503, "monitor-unreachable")
-            refused(host.commit(name, flags=["active"]), 503, "monitor-unreachable")
+        stale = host.wait_for_domain("stale", "shutoff", seconds=3)
+        assert (stale["error"], stale["qemu"]) == (None, None)
+        assert [layer["file"] for layer in host.disk("stale")["chain"]] == chain.files
+        refused(host.client.get("/domains/gone/disks"), 503, "monitor-unreachable")
+        refused(host.commit("gone", flags=["active"]), 503, "monitor-unreachable")
     with Qemu(tmp_path / "none.qmp", []) as qemu:
         assert host.wait_for_domain("gone", "paused", seconds=5)["qemu"]["pid"] == qemu.pid
     for name in ("gone", "stale"):
@@ -459,7 +461,8 @@ def test_another_qemu_under_the_same_name(host: Service) -> None:
             until(lambda: pid_of(host, "renewed") == second.pid)
             found = host.wait_for_domain("renewed", "running")
             assert (found["qemu"]["pid"], found["disks"]) == (second.pid, ["vda"])
-    until(lambda: "renewed" not in known(host))
+    host.wait_for_domain("renewed", "shutoff")
+    assert host.client.delete("/domains/renewed").status_code == 204
 
 
 def test_a_stopped_qemu_disturbs_nobody(tmp_path: Path) -> None:

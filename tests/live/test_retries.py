@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -132,18 +133,26 @@ def test_a_request_that_made_no_job_is_served_anew(service: Service, domain: str
     assert "idempotency-replayed" not in answer.headers
 
 
-def test_qemus_refusal_is_an_answer_too(service: Service, boot: Boot, domain: str, chain: Chain, key: str) -> None:
-    """There is a failed job, so the same key starts no other one."""
+def test_qemus_refusal_leaves_the_key_free(service: Service, boot: Boot, domain: str, chain: Chain, key: str) -> None:
+    """There is a failed job, and the same request makes another one; what QEMU has taken is the answer from then on."""
+    subprocess.run(["qemu-img", "bitmap", "--add", chain.images[0], "daily"], check=True)
     # A base whose file is read-only for good can't be opened for the merge.
-    boot(
+    qemu = boot(
         [text.replace('"auto-read-only": true', '"read-only": true', int('"fn0"' in text)) for text in blockdev(chain)]
     )
-    body: JSON = {"top": "vda[1]", "backing_file": "x.qcow2"}
+    body: JSON = {"top": "vda[1]"}
     first = ask(service, domain, key, body)
     (job,) = jobs_of(service, domain)
-    assert refused(first, 502, "qemu-error")["job"] == job["id"]
-    same(first, ask(service, domain, key, body))
-    assert len(jobs_of(service, domain)) == 1
+    assert refused(first, 409, "image-read-only")["job"] == job["id"]
+    again = ask(service, domain, key, body)
+    assert refused(again, 409, "image-read-only")["job"] != job["id"]
+    assert "idempotency-replayed" not in again.headers
+    file = {"driver": "file", "node-name": "fn0", "filename": str(chain.images[0]), "read-only": False}
+    qemu.qmp("blockdev-reopen", options=[file])
+    taken = ask(service, domain, key, body)
+    assert taken.status_code == 202, taken.text
+    same(taken, ask(service, domain, key, body))
+    assert len(jobs_of(service, domain)) == 3
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256, "a b", "\u00e9"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from app.api.problems import ProblemOut, problem_document
 from app.api.schemas.base import Out, time_or_none
@@ -31,7 +31,16 @@ class DomainOut(Out):
     managed_by: str | None = Field(description="`libvirt`, or null")
     error: ProblemOut | None
     disks: Sequence[str] = Field(description="target names")
-    since: str | None = Field(description="since when the service knows that it is off; null unless it is `shutoff`")
+    since: str | None = Field(
+        default=None, description="only of `shutoff`: since when the service knows that it is off"
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_where_off(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        written: dict[str, object] = write(self)
+        if self.since is None:
+            del written["since"]
+        return written
 
 
 class Domains(Out):

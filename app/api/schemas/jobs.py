@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from app.api.problems import ProblemOut, problem_document
 from app.api.schemas.base import Out, time_or_none, timestamp
@@ -41,6 +41,14 @@ class ResultOut(Out):
     invalidated: Sequence[str]
     deleted: Sequence[str]
     not_deleted: Sequence[NotDeletedOut]
+    verified: int | None = Field(default=None, description="bytes that were compared; only where `verify` asked for it")
+
+    @model_serializer(mode="wrap")
+    def _only_where_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        written: dict[str, object] = write(self)
+        if self.verified is None:
+            del written["verified"]
+        return written
 
 
 class ResolutionOut(Out):
@@ -95,6 +103,7 @@ def job_out(job: Job) -> JobOut:
         chain=job.result.chain,
         invalidated=job.result.invalidated,
         deleted=job.result.deleted,
+        verified=job.result.verified,
         not_deleted=[NotDeletedOut(file=left.file, reason=left.reason) for left in job.result.not_deleted],
     )
     done = job.progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from app.core.chain import Disk, Identity, NotDeleted
@@ -27,6 +27,9 @@ class LayerRecord:
     identity: Identity | None = None
     device: int | None = None
     born: int | None = None
+    format: str = ""
+    virtual_size: int = 0
+    read_only: bool = False
 
     @property
     def image(self) -> Image:
@@ -51,7 +54,16 @@ class DiskRecord:
     def of(cls, disk: Disk) -> DiskRecord:
         """The record of a disk that was just read."""
         layers = tuple(
-            LayerRecord(file=each.file, node=each.node, identity=each.identity, device=each.device, born=each.born)
+            LayerRecord(
+                file=each.file,
+                node=each.node,
+                identity=each.identity,
+                device=each.device,
+                born=each.born,
+                format=each.format,
+                virtual_size=each.virtual_size,
+                read_only=each.read_only,
+            )
             for each in disk.layers
         )
         return cls(node=disk.node or "", qdev=disk.qdev, backend=disk.backend, digest=disk.digest, layers=layers)
@@ -136,14 +148,21 @@ class CleanUp:
     """What is tidied up after a judgement.
 
     `release` are the nodes to delete, in that order. `to_delete` are the files to unlink, each with the identity that
-    it must have. `chain` are the files of the chain as the judgement has it.
+    it must have. `compared` are the layers, topmost first, whose view has to be the same as that of the last
+    of them before anything is deleted. `chain` are the files of the chain as the judgement has it.
     """
 
     release: tuple[str, ...] = ()
     to_delete: Mapping[str, Identity | None] = field(default_factory=dict[str, "Identity | None"])
     invalidated: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
+    compared: tuple[LayerRecord, ...] = ()
     chain: tuple[str, ...] = ()
+
+    def without_deletions(self, why: str) -> CleanUp:
+        """The same, with all files left for that reason."""
+        left = tuple(NotDeleted(file=file, reason=why) for file in self.to_delete)
+        return replace(self, to_delete={}, not_deleted=self.not_deleted + left)
 
 
 class JobKind(Protocol):

@@ -89,6 +89,7 @@ class CommitRequest:
     on_ready: OnReady = OnReady.WAIT
     on_error: OnError = OnError.REPORT
     backing_file: str | None = None
+    verify: bool = False
     digests: frozenset[str] | None = None
     """The chain has to have one of these digests; None: whatever it is."""
 
@@ -113,6 +114,7 @@ class CommitSpec(LayersSpec):
     layout: Literal[1] = 1
     flags: CommitFlag = CommitFlag(0)
     backing_file: str | None = None
+    verify: bool = False
     release: tuple[str, ...] = ()
     invalidates: tuple[str, ...] = ()
     deletes: tuple[str, ...] = ()
@@ -141,6 +143,7 @@ def request(
     on_ready: OnReady = OnReady.WAIT,
     on_error: OnError = OnError.REPORT,
     backing_file: str | None = None,
+    verify: bool = False,
 ) -> CommitRequest | Problem:
     """The request from the fields of its body, or what is wrong with them. `""` as a layer is no layer."""
     parsed = parse_flags(flags, CommitFlag)
@@ -155,7 +158,7 @@ def request(
         detail = "`shallow` chooses the base: the layer right below `top`; leave out `base` or the flag"
         return Problem(code=Code.SHALLOW_WITH_BASE, detail=detail)
     made = CommitRequest(bandwidth=speed, flags=parsed, on_ready=on_ready, on_error=on_error, backing_file=backing_file)
-    return replace(made, base=base or None, top=top or None)
+    return replace(made, base=base or None, top=top or None, verify=verify)
 
 
 def layer_names(request: CommitRequest) -> tuple[str, ...]:
@@ -207,6 +210,8 @@ def _wrong_ending(chosen: CommitSelection) -> Problem | None:
         return Problem(code=Code.DELETE_WITH_KEEP, detail=detail)
     if chosen.active and request.backing_file is not None:
         return invalid("/backing_file", "the merge of the active layer writes no header; leave the field out")
+    if chosen.active and chosen.request.verify:
+        return invalid("/verify", "the guest goes on to write to the active layer's base; leave the field out")
     if not chosen.active and CommitFlag.RELATIVE in request.flags:
         absolute = absolute_header(chosen.disk, chosen.top_index - 1, chosen.base_index)
         if absolute is not None:
@@ -265,6 +270,7 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
         base_index=selection.base_index,
         flags=request.flags,
         backing_file=header,
+        verify=request.verify,
         header_seen=facts.header.room is not None,
         release=nodes_to_release(selection.disk, selection.top_index, selection.base_index),
         invalidates=invalidates,
@@ -295,7 +301,7 @@ def again(spec: CommitSpec, disk: str, *, on_ready: OnReady, bandwidth: int) -> 
     """The request for the same layers, with the same string for the header."""
     top, base, flags = f"{disk}[{spec.top_index}]", f"{disk}[{spec.base_index}]", spec.flags & ~CommitFlag.SHALLOW
     made = CommitRequest(top=top, base=base, flags=flags, bandwidth=bandwidth, on_ready=on_ready)
-    return replace(made, backing_file=spec.backing_file)
+    return replace(made, backing_file=spec.backing_file, verify=spec.verify)
 
 
 def adopt(orphan: OrphanJob) -> Plan[CommitSpec] | None:
@@ -396,5 +402,6 @@ def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:
         to_delete={file: spec.disk.identity(file) for file in spec.deletes if judgement.durable},
         invalidated=spec.invalidates,
         not_deleted=spec.undeletable + unsafe,
+        compared=spec.disk.layers[spec.top_index : spec.base_index + 1] if spec.verify and judgement.merged else (),
         chain=before[: spec.top_index] + before[spec.base_index :] if judgement.merged else before,
     )

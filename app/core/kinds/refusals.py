@@ -75,11 +75,16 @@ def _strangers(selection: LayersSelection, facts: Facts, at: int) -> list[Parent
 def _readers(selection: LayersSelection, facts: Facts, at: int) -> list[str]:
     """The exports, devices and overlays that read a layer, besides the disk itself."""
     found = _strangers(selection, facts, at)
-    return [parent.name for parent in found if parent.kind == "block-backend" or parent.role == "backing"]
+    return [parent.name for parent in found if parent.kind == "block-backend" or _reads_below(parent)]
 
 
 def _overlays_of(selection: LayersSelection, facts: Facts, at: int) -> list[str]:
-    return [parent.name for parent in _strangers(selection, facts, at) if parent.role == "backing"]
+    return [parent.name for parent in _strangers(selection, facts, at) if _reads_below(parent)]
+
+
+def _reads_below(parent: Parent) -> bool:
+    """Whether it is an overlay that relies on what is below; a node that a merge has left over lets others write."""
+    return parent.role == "backing" and not parent.shares_write
 
 
 def _migrating(facts: Facts) -> Problem | None:

@@ -68,9 +68,10 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class CleanedUp:
-    """What there was to tidy after the job's end is tidied."""
+    """What there was to tidy after the job's end is tidied; `problem` is why the job has failed after all."""
 
     result: Result
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,4 +272,6 @@ def cleaned_up(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, CleanedUp)
     # A job in this state always has a judgement: it is stored in the same step that asks for the tidying.
     assert job.control.judgement is not None
+    if event.problem is not None:
+        return end(replace(job, result=event.result, error=event.problem), State.FAILED, now)
     return end(replace(job, result=event.result), job.control.judgement.state, now)

@@ -218,7 +218,7 @@ def parents(graph: BlockGraph, exports: Sequence[Export]) -> Mapping[str, tuple[
         if above.type == "block-backend" and not name:
             of_node = names.get(below.name)
             name = of_node.pop() if of_node else "an unnamed user"
-        found.setdefault(below.name, []).append(Parent(above.type, name, edge.name))
+        found.setdefault(below.name, []).append(Parent(above.type, name, edge.name, edge.shares_write))
     return {node: tuple(above) for node, above in found.items()}
 
 

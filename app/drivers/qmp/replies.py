@@ -85,11 +85,12 @@ class GraphNode:
 
 @dataclass(frozen=True, slots=True)
 class GraphEdge:
-    """Who uses whom, by their ids, and as what (QAPI `XDbgBlockGraphEdge`)."""
+    """Who uses whom, by their ids, as what, and whether others may write then (QAPI `XDbgBlockGraphEdge`)."""
 
     parent: int
     child: int
     name: str
+    shares_write: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ def _graph_node(value: object) -> GraphNode:
 
 
 _graph_nodes = list_of(_graph_node)
+_names_only = list_of(name)
 
 
 def _graph(value: object) -> BlockGraph:
@@ -121,7 +123,10 @@ def _graph(value: object) -> BlockGraph:
 
     def edge(value: object) -> GraphEdge:
         of = members(value)
-        return GraphEdge(member(of, "parent", known), member(of, "child", known), member(of, "name", name))
+        shared = optional(of, "shared-perm", _names_only) or ()
+        return GraphEdge(
+            member(of, "parent", known), member(of, "child", known), member(of, "name", name), "write" in shared
+        )
 
     return BlockGraph(nodes, member(of, "edges", list_of(edge)))
 

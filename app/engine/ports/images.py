@@ -11,6 +11,7 @@ from app.core.errors import Problem, Refused
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
 from app.core.images import Image
+from app.core.kinds.base import LayerRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,13 @@ class Images(Protocol):
         """From the maps of a run of layers, topmost first: what a merge of all into the last one copies.
 
         None where the tool or the files can't be had in time.
+        """
+        ...
+
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+        """Why the topmost layer, over all others, does not show what the last one shows; None if it does.
+
+        Every byte is read, so it takes its time.
         """
         ...
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
+from app.core.evidence import Evidence, GraphReading, HeaderReading, Verdict
 from app.core.headers import HeaderFacts
+from app.core.job import refusal_of
 from app.core.kinds import commit
 from app.core.kinds.commit import CommitFlag, CommitRequest
 from app.core.plan import Facts, Guest, Parent, Plan, Survey
-from tests.core.samples import FILES, GIB, LAYERS, disk, plan, request, selection
+from app.core.states import State
+from tests.core.samples import FILES, GIB, LAYERS, active_job, disk, plan, request, selection
 
 BELOW = request(top="vda[1]")
 ACTIVE = request(flags=["active"])
@@ -32,12 +36,13 @@ def code(asked: CommitRequest, on: Disk | None = None, **facts: Any) -> Code | N
     return planned.code if isinstance(planned, Problem) else None
 
 
-def graph(*edges: tuple[str, str, str, str]) -> Survey:
+def graph(*edges: Any) -> Survey:
     """What QEMU says of these parents: (node, kind, name, role), besides the disk's own chain."""
     own = [("n3", "block-backend", "virtio0", "root"), ("n2", "block-driver", "n3", "backing")]
     own += [("n1", "block-driver", "n2", "backing"), ("n0", "block-driver", "n1", "backing")]
     parents: dict[str, tuple[Parent, ...]] = {}
-    for node, *parent in (*own, *edges):
+    every: list[Any] = [*own, *edges]
+    for node, *parent in every:
         parents[node] = (*parents.get(node, ()), Parent(*parent))
     return Survey(parents=parents)
 
@@ -64,6 +69,7 @@ FILTER = ("block-driver", "filter", "file")
         ([("n1", *FILTER), ("filter", *EXPORT)], BELOW, Code.NODE_IN_USE),
         ([("n0", *FILTER), ("filter", *FILTER), ("filter", *OVERLAY)], BELOW, Code.IMAGE_SHARED),
         ([("n0", "block-job", "backup", "main node")], BELOW, None),
+        ([("n0", *OVERLAY, True)], BELOW, None),
     ],
 )
 def test_others_in_the_graph(edges: list[Any], asked: CommitRequest, expected: Code | None) -> None:
@@ -210,3 +216,29 @@ def test_the_request_of_a_job_that_has_waited() -> None:
     asked = commit.again(made.spec, "vda", on_ready=made.on_ready, bandwidth=7)
     assert (asked.top, asked.base, asked.backing_file) == ("vda[1]", "vda[2]", made.backing_file)
     assert (asked.flags, asked.bandwidth) == (CommitFlag.DELETE, 7)
+
+
+def test_a_comparison_is_asked_for_below_the_active_layer() -> None:
+    """The merged layers and the base are compared once the merge is proven, and where it fails nothing goes."""
+    spec = plan(request(top="vda[1]", flags=["delete"], verify=True)).spec
+    leads = HeaderReading(file=FILES[3])
+    merged = GraphReading(nodes=("n3", "n0"), files=(FILES[0], FILES[3]))
+    done = Evidence(verdict=Verdict.FINE, graph=merged, header=leads, flushed=True)
+    tidy = commit.cleanup(spec, commit.judge(spec, done))
+    assert [layer.file for layer in tidy.compared] == [*FILES[1:]]
+    left = tidy.without_deletions("it differs")
+    assert (left.to_delete, [each.reason for each in left.not_deleted]) == ({}, ["it differs"] * 2)
+    problem = commit.select(disk(), request(flags=["active"], verify=True))
+    assert isinstance(problem, Problem)
+    assert problem.extra["errors"] == [{"pointer": "/verify", "detail": ANY}]
+
+
+def test_how_a_job_that_qemu_did_not_start_is_refused() -> None:
+    """The request gets the job's error, with its id; a job that was started has none for its request."""
+    job = active_job()
+    assert refusal_of(job) is None
+    failed = replace(job, state=State.FAILED, error=Problem(code=Code.QEMU_ERROR, detail="no"))
+    refused = refusal_of(failed)
+    assert refused is not None
+    assert refused.extra == {"job": job.id}
+    assert refusal_of(replace(failed, started_at=1)) is None

@@ -11,6 +11,7 @@ from app.core.errors import Code, Problem
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
 from app.core.images import Image as ImageName
+from app.core.kinds.base import LayerRecord
 from app.engine.ports.images import ChainUnreadable, Measure, Overlays
 from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
 from tests.engine.simulation.life import Life
@@ -77,6 +78,10 @@ class SimImages:
         *above, base = [image.clusters for image in images if image is not None]
         copied = {cluster for layer in above for cluster in layer}
         return Measure(bytes_to_copy=len(copied) * CLUSTER, new_bytes=len(copied - set(base)) * CLUSTER)
+
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+        """The images show the same."""
+        await self._delay(f"compare {len(layers)}")
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
         """Those of the `files` that can't be unlinked."""
