@@ -176,7 +176,7 @@ def test_who_has_a_node_below_itself() -> None:
             GraphEdge(parent=3, child=4, name="backing"),
         ),
     )
-    found = graph.parents(block_graph, (replies.Export(id="exp0", node="base"),))
+    found = graph.parents(block_graph, (replies.Export(id="exp0", node="base"),), {})
     assert [(parent.kind, parent.name, parent.role) for parent in found["base"]] == [
         ("block-backend", "export exp0", "root"),
         ("block-backend", "an unnamed user", "root"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from app.core.errors import CANCELED
 from app.core.job import Progress
 from app.core.kinds import adopt
+from app.core.plan import Guest
 from app.drivers.qmp import checks, graph, replies
 from app.drivers.qmp.checks import MalformedReply, Query
 
@@ -75,7 +76,7 @@ def test_recorded(command: str) -> None:
 
 def test_values() -> None:
     """The values are those of the replies, by the service's names; what is missing is None."""
-    assert read("query-status", recorded("query-status")) == replies.Status(running=False, state="prelaunch")
+    assert read("query-status", recorded("query-status")) == replies.Status(running=False, state="")
     assert read("query-name", recorded("query-name")) == "sample"
     assert read("query-name", {}) is None
     assert str(read("greeting", recorded("greeting"))).startswith("7.2.")
@@ -150,7 +151,6 @@ KINDS: Final[dict[str, list[object]]] = {
 
 USED: Final[list[tuple[str, Place, str | int]]] = [
     ("query-status", ("running",), BOOLEAN),
-    ("query-status", ("status",), NAME),
     ("query-commands", (), LIST),
     ("query-commands", (3,), OBJECT),
     ("query-commands", (3, "name"), NAME),
@@ -464,3 +464,23 @@ def test_mutated_graphs(said: dict[str, Any]) -> None:
     except (MalformedReply, graph.Torn):
         return
     assert orphan is None or orphan.spec.top_index < orphan.spec.base_index < len(orphan.disk.layers)
+
+
+@pytest.mark.parametrize(
+    ("state", "migration", "found"),
+    [
+        ("running", None, Guest.RUNNING),
+        ("x" * 10_000, None, Guest.RUNNING),
+        (None, "completed", Guest.RUNNING),
+        ("running", "active", Guest.MIGRATING),
+        ("running", "setup", Guest.MIGRATING),
+        ("postmigrate", "completed", Guest.MIGRATING),
+        ("finish-migrate", "device", Guest.MIGRATING),
+        ("inmigrate", "active", Guest.INCOMING),
+        ("running", "failed", Guest.RUNNING),
+    ],
+)
+def test_where_the_guest_is(state: object, migration: str | None, found: Guest) -> None:
+    """Its state and that of a migration tell it together; words that nobody knows mean nothing."""
+    status = replies.STATUS.read({"running": True, "status": state})
+    assert replies.guest(status, migration) is found

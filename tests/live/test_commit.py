@@ -432,6 +432,10 @@ def test_throttle_in_the_chain(service: Service, boot: Boot, domain: str, chain:
     qemu = boot(arguments)
     body = {"base": str(chain.images[1]), "top": str(chain.images[3])}
     plan = service.client.post(f"/domains/{domain}/disks/vda/commit?dry_run=true", json=body).json()
+    if above == 3:
+        # QEMU would leave the header above it as it is, so that it would lead to a merged image.
+        assert (plan["status"], plan["code"]) == (409, "node-in-use")
+        return
     dropped = 1 <= above < 3
     assert ("filters-dropped" in [warning["code"] for warning in plan["warnings"]]) == dropped
     finish(service, qemu, domain, **body)

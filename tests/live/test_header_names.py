@@ -205,14 +205,14 @@ def test_a_given_name_that_leads_elsewhere(service: Service, boot: Boot, domain:
 def test_a_descriptor_of_qemu(service: Service, boot: Boot, domain: str, folder: Path) -> None:
     """A base that QEMU has been handed open has no name that another process could open."""
     base, middle, top = three(folder)
-    handed = (os.open(base, os.O_RDONLY), os.open(base, os.O_RDWR))
-    add = [part for number in handed for part in ("-add-fd", f"fd={number},set=3")]
+    handed = os.open(base, os.O_RDWR)
+    arguments = ["-add-fd", f"fd={handed},set=3", *nodes_of(Path("/dev/fdset/3"), middle, top)]
+    arguments[3] = arguments[3].replace('"read-only": true', '"read-only": false')
     try:
-        with boot([*add, *nodes_of(Path("/dev/fdset/3"), middle, top)], pass_fds=handed):
+        with boot(arguments, pass_fds=(handed,)):
             refused(service, domain, "backing-file-impossible")
     finally:
-        for number in handed:
-            os.close(number)
+        os.close(handed)
     assert chain_files(top) == [str(top), str(middle), str(base)]
 
 

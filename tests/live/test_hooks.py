@@ -159,6 +159,21 @@ def test_a_signed_delivery_starts_one_commit(service: Service, chain: Chain, hoo
 
 
 @pytest.mark.usefixtures("ci")
+@pytest.mark.usefixtures("ci")
+@pytest.mark.parametrize("hook", ["github", "gitlab"])
+def test_a_recorded_body_under_other_ids(service: Service, hook: str) -> None:
+    """Where the id is not signed, the body is taken once, whatever id comes with it."""
+    body = PAYLOADS[hook] | {"recorded": hook}
+    first = deliver(service, hook, *signed(hook, body, id_=new_id()))
+    assert first.status_code == 202, first.text
+    service.wait_for_job(first.json()["id"])
+    before = len(jobs_of(service))
+    for _ in range(3):
+        again = deliver(service, hook, *signed(hook, body, id_=new_id()))
+        assert (again.status_code, again.content) == (202, first.content)
+    assert len(jobs_of(service)) == before
+
+
 def test_what_does_not_match_is_ignored(service: Service) -> None:
     """It is told why, and nothing is started."""
     before = jobs_of(service)
@@ -222,7 +237,7 @@ def test_bad_deliveries(service: Service) -> None:
 
 def test_a_domain_that_is_not_there(service: Service) -> None:
     """The sender gets the commit's own refusal, and may send the delivery again."""
-    delivery = signed("github", WORKFLOW_RUN, id_=new_id())
+    delivery = signed("github", WORKFLOW_RUN | {"number": 2}, id_=new_id())
     refused(deliver(service, "github", *delivery), 404, "domain-not-found")
     refused(deliver(service, "github", *delivery), 404, "domain-not-found")
 

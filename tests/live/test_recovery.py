@@ -92,10 +92,13 @@ def test_the_report(tmp_path: Path) -> None:
             }
             while_away = found(service, jobs[1]["id"])
             assert (while_away["found"], while_away["state"]) == ("finished", "completed")
-            assert "without error; QEMU's block graph showed the merged layers gone" in while_away["proof"]
+            assert (
+                "without error; QEMU's block graph and the overlay's header showed the merged layers gone"
+                in while_away["proof"]
+            )
             gone = found(service, jobs[2]["id"])
             assert (gone["found"], gone["state"]) == ("finished", "failed")
-            assert "its QEMU had ended; the images' headers showed the chain unchanged" in gone["proof"]
+            assert "its QEMU had ended; the overlay's header showed the chain unchanged" in gone["proof"]
             assert found(service, jobs[3]["id"])["found"] == "waiting"
             stopped.wake()
             until(lambda: report(service)["waiting"] == 0)

@@ -99,6 +99,15 @@ def _migrating(facts: Facts) -> Problem | None:
 
 
 def _in_use(selection: LayersSelection, facts: Facts) -> Problem | None:
+    if not selection.active and selection.top.filters:
+        # QEMU gives the filter another node below itself, and leaves the overlay's header as it is.
+        name = selection.top.filters[-1]
+        return Problem(
+            code=Code.NODE_IN_USE,
+            detail=f"the filter {name} stands between {selection.top.file} and the layer above, whose header QEMU "
+            "would not change; remove the filter, then try again",
+            extra={"node": selection.top.node, "used_by": name},
+        )
     root = selection.disk.node
     above = [parent for parent in facts.survey.parents.get(root or "", ()) if parent.kind == "block-driver"]
     users = [(root, parent.name) for parent in above]

@@ -206,8 +206,14 @@ def _layer(
     )
 
 
-def parents(graph: BlockGraph, exports: Sequence[Export]) -> Mapping[str, tuple[Parent, ...]]:
-    """Who has which node below itself, by node; an export is called by its id."""
+def parents(
+    graph: BlockGraph, exports: Sequence[Export], nodes: Mapping[str, Node]
+) -> Mapping[str, tuple[Parent, ...]]:
+    """Who has which node below itself, by node; an export is called by its id.
+
+    A node that others can write below, as nobody reads it, is one that a merge has left over if it can't be written
+    itself. `nodes` are all that are known.
+    """
     names: dict[str, list[str]] = {}
     for export in exports:
         names.setdefault(export.node, []).append(f"export {export.id}")
@@ -218,7 +224,9 @@ def parents(graph: BlockGraph, exports: Sequence[Export]) -> Mapping[str, tuple[
         if above.type == "block-backend" and not name:
             of_node = names.get(below.name)
             name = of_node.pop() if of_node else "an unnamed user"
-        found.setdefault(below.name, []).append(Parent(above.type, name, edge.name, edge.shares_write))
+        found.setdefault(below.name, []).append(
+            Parent(above.type, name, edge.name, edge.shares_write and name in nodes and nodes[name].read_only)
+        )
     return {node: tuple(above) for node, above in found.items()}
 
 

@@ -170,9 +170,15 @@ class Status:
     state: str
 
 
+KNOWN_STATES: Final = ("inmigrate", "finish-migrate", "postmigrate")
+"""States of a guest (QAPI `RunState`) in which its images are another QEMU's."""
+
+
 def _status(value: object) -> Status:
     of = members(value)
-    return Status(member(of, "running", boolean), member(of, "status", name))
+    state = of.get("status")
+    # Two of its words mean something here, and any other means nothing.
+    return Status(member(of, "running", boolean), next((known for known in KNOWN_STATES if known == state), ""))
 
 
 def _migration(value: object) -> str | None:
@@ -183,9 +189,6 @@ STATUS: Final = Query("query-status", _status)
 MIGRATION: Final = Query("query-migrate", _migration)
 """The state of the migration that was asked for last (QAPI `MigrationStatus`); None where none was."""
 
-AWAY: Final = frozenset({"finish-migrate", "postmigrate"})
-"""States of a guest (QAPI `RunState`) that is moved away, or has been."""
-
 NO_MIGRATION: Final = frozenset({None, "none", "completed", "failed", "cancelled", "colo"})
 """States of a migration that is not under way."""
 
@@ -194,7 +197,7 @@ def guest(status: Status, migration: str | None) -> Guest:
     """What both say of the guest together."""
     if status.state == "inmigrate":
         return Guest.INCOMING
-    if status.state in AWAY or migration not in NO_MIGRATION:
+    if status.state or migration not in NO_MIGRATION:
         return Guest.MIGRATING
     return Guest.RUNNING if status.running else Guest.PAUSED
 

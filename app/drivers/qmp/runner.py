@@ -104,11 +104,11 @@ class QmpRunner:
         if replies.GRAPH.command not in self._commands:
             return {}
         if replies.EXPORTS.command not in self._commands:
-            return graph.parents(await self._connection.ask(replies.GRAPH), ())
+            return graph.parents(await self._connection.ask(replies.GRAPH), (), self._nodes)
         block_graph, exports = await asyncio.gather(
             self._connection.ask(replies.GRAPH), self._connection.ask(replies.EXPORTS)
         )
-        return graph.parents(block_graph, exports)
+        return graph.parents(block_graph, exports, self._nodes)
 
     async def _reopened(self, node: str) -> str:
         """What QEMU says against opening a node for writing; it is open as before afterwards."""

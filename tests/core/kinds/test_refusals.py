@@ -77,6 +77,12 @@ def test_others_in_the_graph(edges: list[Any], asked: CommitRequest, expected: C
     assert code(asked, survey=graph(*edges)) is expected
 
 
+def test_a_filter_above_top_keeps_the_header_from_being_changed() -> None:
+    """QEMU changes the header of a layer that is right above only."""
+    assert code(BELOW, layers(n2={"filters": ("throttle",)})) is Code.NODE_IN_USE
+    assert code(ACTIVE, layers(n3={"filters": ("throttle",)})) is None
+
+
 def test_a_filter_of_the_chain_is_none_of_the_others() -> None:
     """The disk's own filter is above its layer, and its overlay above the filter."""
     survey = Survey(
