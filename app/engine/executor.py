@@ -45,7 +45,8 @@ class LiveJob:
     """An unfinished job, and what is known of it only while the service runs.
 
     `planned_now`: its plan is of this moment. `flushed`: its data was on the disk when QEMU held it at `pending`.
-    `listed_by` is the connection over which QEMU has last shown that it has the job. `header_due` is until when its
+    `listed_by` is the connection over which QEMU has last shown that it has the job, `at_its_end` that the job was seen
+    to be about to take effect. `header_due` is until when its
     header is tried to be read, `comparison` compares its images. `progress_due` is when its progress may be told next,
     `paused_since` since when it has been seen paused without a break, both on the clock's seconds.
     """
@@ -57,6 +58,7 @@ class LiveJob:
     progress_due: float = 0.0
     paused_since: float | None = None
     listed_by: Runner | None = None
+    at_its_end: bool = False
     header_due: float | None = None
     comparison: asyncio.Task[str | None] | None = None
 
@@ -182,7 +184,10 @@ class Executor:
         evidence = Evidence(
             process=live.sameness(connection.runner, same_process(process, connection.process)),
             ended=ended,
-            watched=ended and live.listed_by is not None and connection.heard_to_the_end(live.listed_by, job.id),
+            watched=ended
+            and live.listed_by is not None
+            and not live.at_its_end
+            and connection.heard_to_the_end(live.listed_by, job.id),
         )
         if job.control.verdict is not Verdict.GONE and not connection.has_ended(process):
             runner = self._usable

@@ -30,6 +30,9 @@ log = structlog.get_logger(__name__)
 PROGRESS_S: Final = 0.5
 """The fewest seconds between two reports of a job's progress."""
 
+AT_ITS_END: Final = frozenset({"waiting", "pending", "concluded", "aborting", "null"})
+"""Statuses of a job (QAPI `JobStatus`) that is about to take effect, or has."""
+
 READING: Final = frozenset({Command.GATHER})
 """Commands that change nothing anywhere."""
 
@@ -205,7 +208,7 @@ class DomainJobs:
 
     async def _end_with_qemu(self, job: Job) -> Job:
         said = self._connection.final_reports.get(job.id)
-        if said is not None and job.state in WITH_QEMU:
+        if said is not None and job.state in (*WITH_QEMU, State.STARTING):
             # QEMU told of the job's end before its own; nobody could ask it about that any more.
             job = await self.advance(job, said)
         return job if job.ended else await self.advance(job, Gone())
@@ -255,6 +258,7 @@ class DomainJobs:
         for id_, live in self._live.items():
             if id_ in seen:
                 live.listed_by = runner
+                live.at_its_end |= seen[id_].status in AT_ITS_END
                 seen[id_] = replace(live.metered(seen[id_], now), process=process)
             elif id_ in runner.final_reports and live.job.state in WITH_QEMU:
                 # Another client has had QEMU forget it, which has told of its end before.

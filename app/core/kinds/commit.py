@@ -10,16 +10,13 @@ r"""Commit: merge the layers from `top` down into `base` (libvirt's virDomainBlo
               |
       base  base
 
-QEMU copies the data of the merged layers down into the base. Below the active layer it then writes the name of the base
-into the header of the overlay, the layer above `top`: that header proves the merge. It does so before the merged data
-is on the disk, and a QEMU that is killed in between leaves a header that leads past data that guests had flushed. So
-such a job is held at `pending` until the base is flushed.
+QEMU copies the merged layers down into the base. Below the active layer it then writes the base's name into the header
+of the overlay, the layer above `top`: that header proves the merge. It does so before the data is on the disk, and a
+QEMU that is killed in between leaves a header that leads past it. So such a job is held at `pending` for a flush.
 
-A commit of the active layer has no overlay and writes no header. It mirrors the guest's writes into the base, is
-`ready` once both are in step, and ends in a pivot, or by leaving the overlay active. A pending job would hold up the
-guest's I/O; QEMU has the data written before the pivot by itself.
-
-From its start on QEMU writes into the base. The layers between base and the active one show a mixture from then on.
+A commit of the active layer writes no header. It mirrors the guest's writes into the base, is `ready` once both are in
+step, and ends in a pivot, or by leaving the overlay active. A pending job would hold up the guest's I/O; QEMU has the
+data written before the pivot by itself. From a job's start on the layers above the base show a mixture.
 """
 
 from __future__ import annotations
@@ -103,11 +100,10 @@ class CommitSelection(LayersSelection):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitSpec(LayersSpec):
-    """What a commit does to which nodes and files, fixed when it is accepted; enough to go on after a restart.
+    """What a commit does to which nodes and files; enough to go on after a restart.
 
-    `release` are the nodes to delete after the merge, in that order. `backing_file` is the string for the header of the
-    overlay. `deletes` are the files to unlink once the merge is proven, `undeletable` those that are worthless then and
-    stay, each with the reason.
+    `release` are the nodes to delete then, in that order, `backing_file` is the string for the overlay's header,
+    `deletes` are the files to unlink once all is proven, and `undeletable` those that stay, each with the reason.
     """
 
     kind: Literal["commit"] = "commit"
@@ -163,7 +159,7 @@ def request(
 
 def layer_names(request: CommitRequest) -> tuple[str, ...]:
     """The names in a request that may be paths of layers."""
-    return tuple(name for name in (request.top, request.base) if name is not None)
+    return tuple(filter(None, (request.top, request.base)))
 
 
 def select(
@@ -208,10 +204,9 @@ def _wrong_ending(chosen: CommitSelection) -> Problem | None:
     if CommitFlag.DELETE in request.flags and request.on_ready is OnReady.KEEP:
         detail = "`on_ready: keep` leaves the overlay in use, so no image can be deleted; leave out one of the two"
         return Problem(code=Code.DELETE_WITH_KEEP, detail=detail)
-    if chosen.active and request.backing_file is not None:
-        return invalid("/backing_file", "the merge of the active layer writes no header; leave the field out")
-    if chosen.active and chosen.request.verify:
-        return invalid("/verify", "the guest goes on to write to the active layer's base; leave the field out")
+    for field, given in (("backing_file", request.backing_file), ("verify", request.verify)):
+        if chosen.active and given:
+            return invalid(f"/{field}", "it is for merges below the active layer; leave the field out")
     if not chosen.active and CommitFlag.RELATIVE in request.flags:
         absolute = absolute_header(chosen.disk, chosen.top_index - 1, chosen.base_index)
         if absolute is not None:
@@ -223,12 +218,11 @@ def _wrong_ending(chosen: CommitSelection) -> Problem | None:
 
 def inquiry(selection: CommitSelection) -> Inquiry:
     """What has to be known of the host: the base is written to, the merged layers are read."""
-    delete = CommitFlag.DELETE in selection.request.flags
-    to_delete = {layer.file: layer.identity for layer in selection.merged if delete}
+    merged = selection.merged if CommitFlag.DELETE in selection.request.flags else ()
     return Inquiry(
         written=selection.base,
         read=selection.merged,
-        to_delete=to_delete,
+        to_delete={layer.file: layer.identity for layer in merged},
         overlay=selection.overlay,
         probe=to_probe(selection),
         names=_names(selection),
@@ -251,8 +245,7 @@ def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem
 
 def _header(selection: CommitSelection, facts: Facts) -> str | Problem | None:
     """What the header of the overlay will say; None where none is written."""
-    given = selection.request.backing_file is not None
-    names = _names(selection)
+    names, given = _names(selection), selection.request.backing_file is not None
     return header_string(selection, names, facts.header, given=given) if names else None
 
 

@@ -533,8 +533,8 @@ def test_nodes_are_released_from_the_top_down() -> None:
     )
     whole = plan(request(flags=["active"]), on)
     assert whole.spec.release == ("n3", "p3a", "p3", "f2a", "f2b", "n2", "p2", "n1", "p1", "f0")
-    inner = plan(request(top="vda[1]", base="vda[2]"), on)
-    assert inner.spec.release == ("n2", "p2")
+    inner = plan(request(top="vda[2]"), on)
+    assert inner.spec.release == ("n1", "p1", "f0")
 
 
 def codes(of: Plan[CommitSpec]) -> list[str]:

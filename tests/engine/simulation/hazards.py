@@ -53,13 +53,13 @@ class Hazards:
     """A domain is deleted while a commit on it is being planned."""
     read_streams: bool = False
     """Clients read a domain's disks without a pause, which takes most of the time of a run."""
-    foreign_revert: bool = False
+    foreign_revert: bool = True
     """While the service is away, another client takes a job away and moves the device onto its base."""
-    foreign_pivot_crash: bool = False
+    foreign_pivot_crash: bool = True
     """Another client completes a job of the service, and QEMU may end before anybody has looked."""
     gone_sharers: bool = False
     """A domain that uses another domain's base is shut off, or forgotten."""
-    long_hangs: bool = False
+    long_hangs: bool = True
     """A QEMU is stopped for minutes; a call of the `Images` port takes minutes."""
 
     def only(self, *names: str) -> Hazards:

@@ -35,27 +35,7 @@ class Defect:
         return outcome if found is not None and found.invariant in self.invariants else None
 
 
-KNOWN: Final = (
-    Defect(
-        name="false-completed",
-        hazards=NONE.also("foreign_revert"),
-        seed=2,
-        invariants=frozenset({"completed_is_true"}),
-    ),
-    Defect(
-        name="base-of-a-gone-domain",
-        hazards=NONE.also("gone_sharers"),
-        seed=1,
-        invariants=frozenset({"guests_read_their_data"}),
-    ),
-    Defect(
-        name="place-kept-by-a-hung-domain",
-        hazards=NONE.also("scarce", "long_hangs"),
-        seed=13,
-        invariants=frozenset({"free_places_are_used"}),
-        bounds=Bounds(queue_s=10, after_trouble_s=12),
-    ),
-)
+KNOWN: Final[tuple[Defect, ...]] = ()
 
 MUTANTS: Final = (
     Defect(
@@ -68,21 +48,21 @@ MUTANTS: Final = (
     Defect(
         name="put-and-delete",
         hazards=NONE.also("put_and_delete"),
-        seed=3,
+        seed=0,
         invariants=frozenset({"no_task_has_died"}),
         mutant=UNLOCKED,
     ),
     Defect(
         name="job-lost-by-delete",
         hazards=NONE.also("delete_while_planning"),
-        seed=4,
+        seed=1,
         invariants=frozenset({"jobs_end"}),
         mutant=HASTY,
     ),
     Defect(
         name="ready-unseen-under-reads",
         hazards=NONE.also("read_streams"),
-        seed=0,
+        seed=1,
         invariants=frozenset({"ready_jobs_are_looked_at"}),
         bounds=Bounds(after_trouble_s=2),
         mutant=GREEDY,

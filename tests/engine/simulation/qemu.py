@@ -368,7 +368,9 @@ class Qemu:
         """Another client moves the job's disk onto its base, as that is now, and deletes the layers above."""
         target = job.target
         above = [node for node in self.chain(target) if node is not job.base and node in job.layers]
-        self.flush(job.base)
+        # Whoever does that by hand loses nothing of what is there by it.
+        for node in self.chain(target):
+            self.flush(node)
         self.roots[target] = job.base
         job.base.read_only = False
         for node in above:
