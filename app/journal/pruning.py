@@ -24,7 +24,7 @@ EVENTS: Final = (
 
 JOBS: Final = (
     "DELETE FROM jobs WHERE seq IN"  # noqa: S608  # constants only
-    " (SELECT seq FROM jobs WHERE ended = 1 AND finished_at < ?"
+    " (SELECT seq FROM jobs WHERE ended = 1 AND state <> 'lost' AND finished_at < ?"
     " AND NOT EXISTS (SELECT 1 FROM idempotency_keys WHERE job_id = jobs.id)"
     f" AND NOT EXISTS ({UNDELIVERED} AND event_id IN (SELECT id FROM events WHERE job_id = jobs.id))"
     " ORDER BY finished_at LIMIT ?)"
