@@ -146,7 +146,7 @@ class Planner:
                     "use its tools, or register the domain with `allow_managed: true`",
                 )
             )
-        if self._connection.state() is DomainState.SHUTOFF:
+        if self._connection.state() is DomainState.SHUTOFF and self._registration.disks:
             raise Refused(
                 Problem(
                     code=Code.NOT_SUPPORTED,

@@ -277,7 +277,7 @@ def test_monitor_ends(service: Service, boot: Boot, domain: str, chain: Chain) -
     qemu = boot(blockdev(chain))
     qemu.kill()
     service.wait_for_domain(domain, "shutoff")
-    refused(service, domain, BAD_TOP, 501, "not-supported", disk="vdx")
+    refused(service, domain, BAD_TOP, 503, "monitor-unreachable", disk="vdx")
 
 
 @pytest.fixture(scope="module")

@@ -203,12 +203,10 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
 def _may_be_lost(job: JSON, end: DomainEnd, history: Sequence[JSON]) -> bool:
     """Whether nothing can tell how the job ended.
 
-    A pivot writes no header, and neither does the end of a job that keeps the overlay: where QEMU has ended after one
-    was asked for, the images don't tell whether it was done.
+    A merge of the active layer writes no header: where QEMU has ended, and nobody has heard it to its end, the images
+    don't tell whether it has pivoted.
     """
-    types = {event["type"] for event in history}
-    asked = "job.pivoting" in types or (job["on_ready"] == "keep" and "job.ready" in types)
-    return end.qemu_ended and job["type"] == "active-commit" and asked
+    return end.qemu_ended and job["type"] == "active-commit" and bool(history)
 
 
 def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Sequence[Chain]) -> Iterator[str]:
@@ -223,7 +221,7 @@ def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Seq
     if job["state"] == "completed" and "delete" in job["flags"]:
         deletes = next((c[c.index(job["top"]) : c.index(job["base"])] for c in before if job["top"] in c), ())
     kept = result["not_deleted"]
-    # Where QEMU has ended, nobody can say whether the base is whole on the disk, so the files may be left.
-    left = {each["file"] for each in kept} if end.qemu_ended and job["type"] == "commit" else set[str]()
+    # Where QEMU has ended, nobody can say whether the base is whole on the disk, or what QEMU may delete.
+    left = {each["file"] for each in kept} if end.qemu_ended else set[str]()
     if sorted(result["deleted"]) != sorted(file for file in deletes if file not in left):
         yield f"{job['id']}: deleted {result['deleted']} (kept {kept}) where {list(deletes)} were to be"
