@@ -147,7 +147,6 @@ WRONG: dict[str, tuple[str, Callable[[Record], object]]] = {
     "failed and merged": ("failed, and its result has the chain", lambda r: ending(r, 0, "failed")),
     "canceled and merged": ("the jobs allow for", lambda r: ending(r, 1, "canceled")),
     "lost without need": ("can be proven", lambda r: set_end(r, qemu_ended=False)),
-    "lost without a pivot": ("can be proven", lambda r: retype(r, 8, "job.paused")),
     "merged in the graph only": ("the headers", lambda r: set_end(r, headers=("/3", "/1", "/0"))),
     "an event twice": ("came after", lambda r: r.streamed.insert(3, r.streamed[3])),
     "an event missed": ("did not come", lambda r: r.streamed.pop(2)),

@@ -188,7 +188,7 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
     for job in jobs:
         after = chains_after_all(before, [job])
         yield from _judge_result(end, job, before, after)
-        if job["state"] == "lost" and not _may_be_lost(job, end, record.histories.get(job["id"], [])):
+        if job["state"] == "lost" and not _may_be_lost(job, end):
             yield f"{job['id']}: lost although its outcome can be proven"
         before = after
     gone: set[str] = {file for job in jobs if job["result"] for file in job["result"]["deleted"]}
@@ -200,13 +200,13 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
         yield f"{end.name}: deleted and still in the chain: {lacking}"
 
 
-def _may_be_lost(job: JSON, end: DomainEnd, history: Sequence[JSON]) -> bool:
+def _may_be_lost(job: JSON, end: DomainEnd) -> bool:
     """Whether nothing can tell how the job ended.
 
     A merge of the active layer writes no header: where QEMU has ended, and nobody has heard it to its end, the images
     don't tell whether it has pivoted.
     """
-    return end.qemu_ended and job["type"] == "active-commit" and bool(history)
+    return end.qemu_ended and job["type"] == "active-commit"
 
 
 def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Sequence[Chain]) -> Iterator[str]:
