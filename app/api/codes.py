@@ -67,6 +67,28 @@ KINDS: Final[Mapping[Code, Kind]] = {
     Code.JOURNAL_FULL: Kind(
         507, "Journal full", None, "Make space on the file system of `state_dir`. Nothing was started or changed."
     ),
+    Code.JOURNAL_BUSY: Kind(
+        503,
+        "Journal is locked",
+        None,
+        "Find the other program that has `state_dir/journal.sqlite3` locked, and end it. Nothing was changed.",
+    ),
+    Code.JOURNAL_UNCERTAIN: Kind(
+        503,
+        "Journal failed in between",
+        None,
+        "Repeat the request under the same `Idempotency-Key`: after a power failure it may turn out to be stored.",
+    ),
+    Code.JOURNAL_REPLACED: Kind(
+        503,
+        "Journal was taken away",
+        None,
+        "Put the files of `state_dir` back, or stop the service and use `blockjobd journal restore`.",
+    ),
+    Code.JOURNAL_DAMAGED: Kind(
+        503, "Journal is damaged", None, "Stop the service, keep the files, and use `blockjobd journal restore`."
+    ),
+    Code.JOURNAL_UNREADABLE: Kind(503, "Journal can't be read", None, "Look at the file system of `state_dir`."),
     Code.INVALID_REQUEST: Kind(
         422,
         "Invalid request",

@@ -51,7 +51,7 @@ async def get_readiness(request: Request, use: UseCases) -> HealthOut | Response
         "instance": path_of(request.scope),
         "checks": failing,
     }
-    return JSONResponse(document, status_code=503, media_type=MEDIA_TYPE)
+    return JSONResponse(document, status_code=503, media_type=MEDIA_TYPE, headers={"Retry-After": "1"})
 
 
 @router.get("/recovery", operation_id="getRecovery", responses=refusals(*READS))

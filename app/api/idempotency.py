@@ -16,7 +16,7 @@ from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, problem_response
 from app.core.errors import Refused
 from app.core.job import Job, refusal_of
-from app.engine.ports.journal import IdempotencyKey, JournalFull, StoredAnswer
+from app.engine.ports.journal import IdempotencyKey, JournalError, StoredAnswer
 from app.engine.service import Service
 
 KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -90,7 +90,7 @@ async def served_once(
 async def _keep(use: Service, key: IdempotencyKey, answer: Response) -> None:
     try:
         await use.keys.keep_answer(key, answer.status_code, bytes(answer.body).decode())
-    except JournalFull as error:
+    except JournalError as error:
         # The job is stored with its key, so a repeated request gets the job as it is then.
         log.error("answer not kept", error=str(error))
 

@@ -71,3 +71,7 @@ class _Figures(Collector):
             domains.add_metric([condition.value], counts.domains.get(condition.value, 0))
         yield domains
         yield GaugeMetricFamily("blockjobd_event_subscribers", "Open event streams", counts.subscribers)
+        journal = GaugeMetricFamily("blockjobd_journal_bytes", "Size of the journal by part", labels=["part"])
+        for part, size in sorted(counts.journal.items()):
+            journal.add_metric([part], size)
+        yield journal

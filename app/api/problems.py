@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from app.api.codes import KINDS, MEDIA_TYPE
 from app.core.errors import Code, Problem, Refused, invalid
-from app.engine.ports.journal import JournalFull
+from app.engine.ports.journal import JournalError
 
 
 class ProblemOut(BaseModel):
@@ -67,7 +67,7 @@ def problem_response(problem: Problem, instance: str, *, headers: Mapping[str, s
     sent = dict(headers or {})
     if problem.code is Code.UNAUTHENTICATED:
         sent["WWW-Authenticate"] = "Bearer"
-    if problem.code is Code.IDEMPOTENCY_IN_PROGRESS:
+    if problem.code is Code.IDEMPOTENCY_IN_PROGRESS or document.status in (429, 503):
         sent["Retry-After"] = "1"
     return Response(document.model_dump_json(), status_code=document.status, headers=sent, media_type=MEDIA_TYPE)
 
@@ -156,8 +156,8 @@ async def _on_refused(request: Request, error: Refused) -> Response:
     return problem_response(error.problem, path_of(request.scope))
 
 
-async def _on_journal_full(request: Request, _error: JournalFull) -> Response:
-    problem = Problem(code=Code.JOURNAL_FULL, detail="the journal can't be written, so nothing was started or changed")
+async def _on_journal(request: Request, error: JournalError) -> Response:
+    problem = Problem(code=error.code, detail=str(error))
     return problem_response(problem, path_of(request.scope))
 
 
@@ -173,7 +173,7 @@ def internal_error(request: Request, request_id: str) -> Response:
 
 HANDLERS: Final[Mapping[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]]] = {
     Refused: _on_refused,
-    JournalFull: _on_journal_full,
+    JournalError: _on_journal,
     RequestValidationError: _on_validation,
     HTTPException: _on_http,
 }

@@ -13,10 +13,25 @@ from app.engine.service import Service
 INTEGER_MAX: Final = 2**63 - 1
 """The largest integer that the journal can hold."""
 
-READS: Final = (Code.UNAUTHENTICATED, Code.INVALID_REQUEST, Code.INTERNAL_ERROR)
+READS: Final = (
+    Code.UNAUTHENTICATED,
+    Code.INVALID_REQUEST,
+    Code.INTERNAL_ERROR,
+    Code.JOURNAL_BUSY,
+    Code.JOURNAL_DAMAGED,
+    Code.JOURNAL_UNREADABLE,
+)
 """What any read may be refused with."""
 
-CHANGES: Final = (*READS, Code.OPERATION_DENIED, Code.PAYLOAD_TOO_LARGE, Code.SHUTTING_DOWN, Code.JOURNAL_FULL)
+CHANGES: Final = (
+    *READS,
+    Code.OPERATION_DENIED,
+    Code.PAYLOAD_TOO_LARGE,
+    Code.SHUTTING_DOWN,
+    Code.JOURNAL_FULL,
+    Code.JOURNAL_UNCERTAIN,
+    Code.JOURNAL_REPLACED,
+)
 """What any change may be refused with."""
 
 

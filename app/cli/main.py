@@ -44,6 +44,9 @@ cli = typer.Typer(
 token = typer.Typer(help="API tokens of the service on this host.", rich_markup_mode=None)
 cli.add_typer(token, name="token")
 
+journal = typer.Typer(help="Copies of the journal of the service on this host.", rich_markup_mode=None)
+cli.add_typer(journal, name="journal")
+
 hooks = typer.Typer(help="Webhooks that CI pipelines send.", rich_markup_mode=None)
 cli.add_typer(hooks, name="hooks")
 
@@ -143,6 +146,33 @@ def revoke(name: Annotated[str, typer.Argument(metavar="NAME")], config: Config 
         tokens.revoke(name)
 
 
+@journal.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The copy, a new file.")], config: Config = None
+) -> None:
+    """Copy the journal to a file, while the service runs or not."""
+    from app.journal.backup import backup as copy  # noqa: PLC0415
+
+    settings = _settings(config)
+    with _plain_errors():
+        size = copy(settings.state_dir, file.absolute())
+    typer.echo(f"{file}: {size} bytes")
+
+
+@journal.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A copy that `blockjobd journal backup` has made.")],
+    config: Config = None,
+) -> None:
+    """Put a copy in the place of the journal; the service must not run. What was there is kept beside it."""
+    from app.journal.backup import restore as put_back  # noqa: PLC0415
+
+    settings = _settings(config)
+    with _plain_errors():
+        kept = put_back(settings.state_dir, file.absolute())
+    typer.echo(f"restored from {file}" + ("" if kept is None else f"; the journal before is {kept}"))
+
+
 @hooks.command("test")
 def try_hook(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The hook, as in [hooks.NAME].")],
@@ -196,7 +226,8 @@ def _tokens(config: Path | None) -> Generator[Tokens]:
 @contextmanager
 def _plain_errors(listen: str = "") -> Generator[None]:
     """Turn what a person can put right into a `Failure`; defects keep their traceback."""
-    from app.engine.ports.journal import JournalFull  # noqa: PLC0415
+    from app.engine.ports.journal import JournalError  # noqa: PLC0415
+    from app.journal.backup import BackupError  # noqa: PLC0415
     from app.journal.database import JournalUnusable  # noqa: PLC0415
     from app.journal.lock import StateDirInUse  # noqa: PLC0415
     from app.journal.tokens import TokenError  # noqa: PLC0415
@@ -204,7 +235,7 @@ def _plain_errors(listen: str = "") -> Generator[None]:
 
     try:
         yield
-    except (JournalFull, JournalUnusable, StateDirInUse, TokenError) as error:
+    except (BackupError, JournalError, JournalUnusable, StateDirInUse, TokenError) as error:
         raise Failure(str(error)) from error
     except SettingsError as error:
         raise Failure(str(error), USAGE) from error

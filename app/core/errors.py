@@ -33,6 +33,11 @@ class Code(StrEnum):
     INTERNAL_ERROR = "internal-error"
     SHUTTING_DOWN = "shutting-down"
     JOURNAL_FULL = "journal-full"
+    JOURNAL_BUSY = "journal-busy"
+    JOURNAL_UNCERTAIN = "journal-uncertain"
+    JOURNAL_REPLACED = "journal-replaced"
+    JOURNAL_DAMAGED = "journal-damaged"
+    JOURNAL_UNREADABLE = "journal-unreadable"
 
     INVALID_REQUEST = "invalid-request"
     SHALLOW_WITH_BASE = "shallow-with-base"

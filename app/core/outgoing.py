@@ -79,6 +79,16 @@ def next_wait(attempts: int, schedule: Sequence[int], spread: float) -> int | No
     return int(schedule[attempts - 1] * (1 + JITTER * spread))
 
 
+def waits(*, due_at: int, attempts: int, attempted_at: int | None, now: int) -> int:
+    """Milliseconds until a delivery is to be attempted; 0 or less: now.
+
+    One that was never attempted is due at once, and so is one whose last attempt lies ahead: the clock was ahead then.
+    """
+    if attempts == 0 or (attempted_at is not None and attempted_at > now):
+        return 0
+    return due_at - now
+
+
 def disabling(answer: Answer, attempts: int, schedule: Sequence[int]) -> str | None:
     """Why the webhook is sent nothing more after this answer to that attempt; None: it goes on."""
     if answer.fine:

@@ -31,7 +31,7 @@ from app.engine.jobs import DomainJobs, named
 from app.engine.planning import Planner, jobs_on
 from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
-from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull, Registration
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalError, Registration
 from app.engine.ports.outbox import Webhook
 from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainState, DomainView
@@ -216,7 +216,7 @@ class Actor:
                 if self.connection.state() is DomainState.SHUTOFF:
                     await self.disks.read_off()
                     self.view()
-                with suppress(JournalFull):
+                with suppress(JournalError):
                     await self._jobs.find_gone()
                 self.connection.tried.set()
             case Change.HUNG:
@@ -238,6 +238,8 @@ class Actor:
             self.connection.welcome(guest)
         except MonitorError as error:
             self._executor.monitor_error = error
+        except JournalError as error:
+            log.error("domain not read yet", domain=self.id, error=str(error))
         self.connection.tried.set()
         if self.connection.shows:
             await self._tell(DomainEvent.CONNECTED)
@@ -245,10 +247,7 @@ class Actor:
             self._next_welcome = self._shared.clock.monotonic() + WELCOME_S
 
     async def _tell(self, event: DomainEvent) -> None:
-        try:
-            await self._shared.journal.tell_domain(event, self.id, self._shared.render.domain(self.view()))
-        except JournalFull as error:
-            log.error("event not stored", domain=self.id, event_type=event.value, error=str(error))
+        await self._shared.teller.tell(event, self.view())
 
     async def _look(self) -> None:
         self._jobs.look_soon = False
@@ -256,7 +255,7 @@ class Actor:
             await self._jobs.look()
         except MonitorError as error:
             self._executor.monitor_error = error
-        except JournalFull as error:
+        except JournalError as error:
             # Nothing was stored, so nothing was done: the same is seen and tried again at the next poll.
             self._jobs.look_soon = False
             log.error("journal full", domain=self.id, error=str(error))
@@ -270,7 +269,7 @@ class Actor:
             return
         try:
             await self._shared.journal.record_uses(self.id, {disk: of_disk for (_, disk), of_disk in uses.items()})
-        except JournalFull as error:
+        except JournalError as error:
             # It is tried again at the next turn.
             log.error("uses of images not stored", domain=self.id, error=str(error))
         else:
@@ -375,7 +374,7 @@ class Actor:
         after = await self._jobs.advance(job, event)
         return after, after.version != job.version
 
-    async def retire(self, unregister: Callable[[str], Awaitable[None]] | None = None) -> None:
+    async def retire(self, unregister: Callable[[str, str], Awaitable[None]] | None = None) -> None:
         """Have `unregister` forget the domain, and take no more requests.
 
         Raises `Refused` while the domain has unfinished jobs. Decided in here, between requests: a job that is being
@@ -391,7 +390,7 @@ class Actor:
                 )
             )
         if unregister is not None:
-            await unregister(self.id)
+            await unregister(self.id, self._shared.render.domain(self.view()))
         self.stop()
 
 

@@ -17,8 +17,10 @@ from app.engine.actor import Actor, ActorClosed
 from app.engine.ports.discovery import Discovery
 from app.engine.ports.driver import Address
 from app.engine.ports.events import DomainEvent
-from app.engine.ports.journal import JournalFull, Registration
+from app.engine.ports.journal import JournalError, Registration
 from app.engine.shared import Shared
+from app.engine.telling import DomainTeller
+from app.engine.views import DomainState, DomainView
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +50,7 @@ class DomainDirectory:
     def __init__(self, shared: Shared, discovery: Discovery, *, retention_days: int) -> None:
         self.actors: dict[str, Actor] = {}
         self._shared = shared
+        shared.teller = DomainTeller(shared.journal, shared.render, shared.tasks)
         self._discovery = discovery
         self._retention = retention_days * DAY_MS
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -130,7 +133,7 @@ class DomainDirectory:
         return lock
 
     async def register(self, registration: Registration) -> tuple[Actor, bool]:
-        """Keep a registration and start its actor: (actor, whether the domain is new). Raises `JournalFull`."""
+        """Keep a registration and start its actor: (actor, whether the domain is new). Raises `JournalError`."""
         id_ = registration.id
         async with self._alone(id_):
             old = self.actors.get(id_)
@@ -138,7 +141,8 @@ class DomainDirectory:
                 registration = replace(registration, address=self._discovered_at(id_))
             if self._stopping:
                 raise Refused(SHUTTING_DOWN)
-            await self._shared.journal.register(registration)
+            await self._shared.teller.flush()
+            await self._shared.journal.register(registration, None if old else self._told(registration))
             if old is None:
                 jobs = await self._unfinished_of(id_)
             else:
@@ -154,10 +158,25 @@ class DomainDirectory:
             async with asyncio.timeout(FIRST_TRY_S):
                 await actor.connection.tried.wait()
         # Somebody else may have registered it anew meanwhile.
-        actor = self.actors.get(id_, actor)
-        if old is None:
-            await self._tell(DomainEvent.ADDED, actor)
-        return actor, old is None
+        return self.actors.get(id_, actor), old is None
+
+    def _told(self, registration: Registration) -> str:
+        """The data of `domain.added`: what is known of a domain before anybody has asked it."""
+        off = registration.address is None
+        view = DomainView(
+            id=registration.id,
+            name=registration.id,
+            uuid=None,
+            state=DomainState.SHUTOFF if off else DomainState.UNREACHABLE,
+            driver=registration.driver,
+            version=None,
+            pid=None,
+            managed_by=None,
+            error=None,
+            disks=tuple(registration.disks),
+            since=self._shared.clock.now() if off else None,
+        )
+        return self._shared.render.domain(view)
 
     async def forget(self, domain: str) -> None:
         """Forget a domain; nothing of it is touched. Raises `Refused` while it has unfinished jobs."""
@@ -226,13 +245,6 @@ class DomainDirectory:
         del self.actors[actor.id]
         del self._runs[actor.id]
         self._shared.known.drop(actor.id)
-        await self._tell(DomainEvent.REMOVED, actor)
-
-    async def _tell(self, event: DomainEvent, actor: Actor) -> None:
-        try:
-            await self._shared.journal.tell_domain(event, actor.id, self._shared.render.domain(actor.view()))
-        except JournalFull as error:
-            log.error("event not stored", domain=actor.id, event_type=event.value, error=str(error))
 
     # By itself --------------------------------------------------------------------------------------------------------
 
@@ -261,7 +273,7 @@ class DomainDirectory:
                 if id_ in found and actor is None and id_ not in self._forgotten:
                     registration = Registration(id=id_, address=Address(unix=found[id_]), discovered=True)
                     actor = self._launch(registration, await self._unfinished_of(id_))
-                    await self._tell(DomainEvent.ADDED, actor)
+                    await self._shared.teller.tell(DomainEvent.ADDED, actor.view())
                 elif id_ not in found and actor is not None and actor.registration.discovered:
                     if await self._has_images(id_):
                         self._kept_until[id_] = self._shared.clock.monotonic() + KEPT_S
@@ -269,6 +281,7 @@ class DomainDirectory:
                     with suppress(Refused, ActorClosed):
                         await actor.call(actor.retire)
                         await self._remove(actor)
+                        await self._shared.teller.tell(DomainEvent.REMOVED, actor.view())
         finally:
             self._changes.pop(id_, None)
 
@@ -278,7 +291,7 @@ class DomainDirectory:
         if vanished:
             try:
                 await self._shared.journal.record_uses(domain, {disk: () for _, disk in vanished})
-            except JournalFull as error:
+            except JournalError as error:
                 log.error("uses of images not stored", domain=domain, error=str(error))
                 return True
             self._shared.known.recorded(vanished)
@@ -288,6 +301,6 @@ class DomainDirectory:
         while True:
             try:
                 await self._shared.journal.prune(self._shared.clock.now() - self._retention)
-            except JournalFull as error:
+            except JournalError as error:
                 log.error("not pruned", error=str(error))
             await asyncio.sleep(PRUNE_S)

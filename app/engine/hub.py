@@ -137,21 +137,28 @@ class Hub:
         self, cursor: _Cursor, wanted: EventFilter, after: int | None
     ) -> AsyncGenerator[StoredEvent, None]:
         cursor.seen = after or 0
-        pruned, last = await self._journal.event_bounds()
-        if after is not None and not pruned <= after <= last:
-            cursor.seen = pruned if after < pruned else last
-            yield StoredEvent(
-                id=cursor.seen, type=RESET, time=self._clock.now(), domain="", disk=None, job_id=None, data="{}"
-            )
+        _, last = await self._journal.event_bounds()
+        if after is not None and after > last:
+            cursor.seen = last
+            yield self._reset(last)
         while True:
             # Taken before the journal is read: what is published meanwhile stands in the ring behind it.
             cursor.position = self._next
             page = await self._journal.events(wanted, after=cursor.seen, limit=PAGE)
+            # Asked after each page: what a subscriber has yet to get may be pruned while it takes its time.
+            pruned, _ = await self._journal.event_bounds()
+            if after is not None and cursor.seen < pruned:
+                cursor.seen = pruned
+                yield self._reset(pruned)
+                continue
             for event in page:
                 cursor.seen = event.id or cursor.seen
                 yield event
             if len(page) < PAGE:
                 return
+
+    def _reset(self, id_: int) -> StoredEvent:
+        return StoredEvent(id=id_, type=RESET, time=self._clock.now(), domain="", disk=None, job_id=None, data="{}")
 
     async def _live(self, cursor: _Cursor, wanted: EventFilter) -> AsyncGenerator[StoredEvent | None, None]:
         while not self.closed:

@@ -75,5 +75,5 @@ class IdempotencyKeys:
         return kept
 
     async def keep_answer(self, key: IdempotencyKey, status: int, body: str) -> None:
-        """Keep the answer to the request that made the key's job; raises `JournalFull`."""
+        """Keep the answer to the request that made the key's job; raises `JournalError`."""
         await self._journal.keep_answer(key, status, body)

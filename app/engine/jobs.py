@@ -21,7 +21,7 @@ from app.core.states import WITH_QEMU, Command, DataState, EventType, Intent, On
 from app.engine.connection import MonitorConnection
 from app.engine.executor import Executor, LiveJob
 from app.engine.ports.driver import MonitorError, Runner
-from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalFull, NewJob
+from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalError, NewJob
 from app.engine.ports.outbox import Webhook
 from app.engine.shared import Shared
 
@@ -91,7 +91,7 @@ class DomainJobs:
     async def add(self, job: Job, key: IdempotencyKey | None = None, callback: Webhook | None = None) -> Job:
         """Store a job that has just been planned, with its request's key and callback; start it if it has a place.
 
-        Raises `JobConflict` and `JournalFull`; there is no job then.
+        Raises `JobConflict` and `JournalError`; there is no job then.
         """
         first = start_job(job)
         if self._shared.budget.claim(job.id, self._wake):
@@ -112,7 +112,7 @@ class DomainJobs:
             # While it starts there is nothing to see.
             result = await self._executor.carry_out(job, live, Command.START)
             return await self.advance(job, result) if result is not None else job
-        except JournalFull as error:
+        except JournalError as error:
             # The job is in the journal as starting; the next look finds out what became of it.
             log.error("journal full", domain=job.domain, job=job.id, error=str(error))
             return job
@@ -121,7 +121,7 @@ class DomainJobs:
         """Step, store, act, and go on with what comes of it.
 
         Where all that is to be done is to read, what follows from that is stored together with what led to it: a crash
-        in between leaves the job as it was, to be seen and read again. Raises `Refused` and `JournalFull`; nothing has
+        in between leaves the job as it was, to be seen and read again. Raises `Refused` and `JournalError`; nothing has
         changed then.
         """
         live = self._live.get(job.id) or LiveJob(job)
@@ -180,7 +180,7 @@ class DomainJobs:
     # Looking ----------------------------------------------------------------------------------------------------------
 
     async def look(self) -> None:
-        """Bring the journal's jobs and QEMU's together. Raises what a runner's call raises, and `JournalFull`."""
+        """Bring the journal's jobs and QEMU's together. Raises what a runner's call raises, and `JournalError`."""
         self.look_soon = False
         await self.find_gone()
         runner = self._connection.usable
@@ -244,7 +244,7 @@ class DomainJobs:
                 claims = kind_of(job.spec).claims(job.spec, domain, job.disk)
                 new = NewJob(versions=[StoredVersion(EventType.ADOPTED, job)], claims=claims)
                 await self._shared.journal.add_jobs([new])
-            except (MonitorError, JobConflict, JournalFull) as error:
+            except (MonitorError, JobConflict, JournalError) as error:
                 # The journal may have another unfinished job on this disk, whose end is to be found first.
                 log.warning("not adopted yet", domain=domain, job=id_, error=str(error))
                 self._orphans.append(id_)

@@ -31,11 +31,12 @@ HISTORY_PAGE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How many of what there are: unfinished jobs and domains by state, open event streams."""
+    """Unfinished jobs and domains by state, open event streams, bytes of the journal's parts."""
 
     jobs: Mapping[str, int]
     domains: Mapping[str, int]
     subscribers: int
+    journal: Mapping[str, int]
 
 
 class Service:
@@ -206,4 +207,5 @@ class Service:
             jobs=Counter(job.state.value for job in self._shared.live.values()),
             domains=Counter(view.state.value for view in views),
             subscribers=self.hub.subscribers,
+            journal=self._shared.journal.sizes,
         )

@@ -17,6 +17,7 @@ from app.engine.ports.images import Images
 from app.engine.ports.journal import Journal
 from app.engine.recovery import Recovery
 from app.engine.tasks import Tasks
+from app.engine.telling import DomainTeller
 from app.engine.views import Render
 
 
@@ -24,7 +25,8 @@ from app.engine.views import Render
 class Shared:
     """The ports, the subscribers, the budget, the tasks, and every unfinished job.
 
-    `drivers` are found by the name that a registration gives. `new_id` makes the id of a new job.
+    `drivers` are found by the name that a registration gives. `new_id` makes the id of a new job. The directory of
+    domains sets the `teller`.
     """
 
     drivers: Mapping[str, Driver]
@@ -39,6 +41,7 @@ class Shared:
     known: KnownDisks
     tasks: Tasks
     live: dict[str, Job] = field(default_factory=dict[str, Job])
+    teller: DomainTeller = field(init=False)
 
     def publish_progress(self, job: Job) -> None:
         """Tell the subscribers how far a job is; that is not stored."""

@@ -14,10 +14,10 @@ from typing import Final
 
 import structlog
 
-from app.core.outgoing import SCHEDULE, Answer, DeliveryState, disabling, next_wait, signatures
+from app.core.outgoing import SCHEDULE, Answer, DeliveryState, disabling, next_wait, signatures, waits
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import StoredEvent
-from app.engine.ports.journal import JournalFull
+from app.engine.ports.journal import JournalError
 from app.engine.ports.outbox import Delivery, Outbox, Webhook
 from app.engine.ports.sender import Sender
 from app.engine.views import EventRenderer
@@ -97,7 +97,12 @@ class WebhookSender:
                         continue
                     return
                 webhook, delivery, event = head
-                wait = delivery.due_at - self._clock.now()
+                wait = waits(
+                    due_at=delivery.due_at,
+                    attempts=delivery.attempts,
+                    attempted_at=delivery.attempted_at,
+                    now=self._clock.now(),
+                )
                 if wait > 0:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(wait / 1000):
@@ -147,7 +152,7 @@ class WebhookSender:
         while True:
             try:
                 await self._outbox.note(noted, disabled=why, data=self._renderer.webhook)
-            except JournalFull as error:
+            except JournalError as error:
                 log.error("attempt not stored", webhook=webhook.id, delivery=delivery.id, error=str(error))
                 await asyncio.sleep(FULL)
             else:

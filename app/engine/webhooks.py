@@ -18,7 +18,7 @@ WEBHOOKS_MAX: Final = 1000
 
 
 class WebhookUseCases:
-    """Every use case. All raise `Refused` where a request can't be served, and `JournalFull`."""
+    """Every use case. All raise `Refused` where a request can't be served, and `JournalError`."""
 
     def __init__(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from app.core.errors import Code
 from app.core.job import Job
-from app.engine.ports.journal import Registration
+from app.engine.ports.journal import JournalError, Registration
 
 _JOB: Final = TypeAdapter(Job)
 _REGISTRATION: Final = TypeAdapter(Registration)
@@ -40,8 +43,13 @@ def encode_job(job: Job) -> str:
 def decode_job(text: str) -> Job:
     """The job of which `text` tells; fields that an older release did not write get their defaults.
 
-    Raises `pydantic.ValidationError` where it tells of none.
+    Raises `JournalError` where it tells of none.
     """
+    with _telling(f"a job: {text[:200]}"):
+        return _job(text)
+
+
+def _job(text: str) -> Job:
     # The text of a job of today is not parsed twice: a member of that name can't stand in it as a key.
     if f'"{FLAT}":' not in text:
         return _JOB.validate_json(text)
@@ -99,5 +107,15 @@ def encode_registration(registration: Registration) -> str:
 
 
 def decode_registration(text: str) -> Registration:
-    """The registration of which `text` tells; raises `pydantic.ValidationError` where it tells of none."""
-    return _REGISTRATION.validate_json(text)
+    """The registration of which `text` tells; raises `JournalError` where it tells of none."""
+    with _telling(f"a registration: {text[:200]}"):
+        return _REGISTRATION.validate_json(text)
+
+
+@contextmanager
+def _telling(what: str) -> Generator[None]:
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        detail = f"the journal holds what can't be read as {what}"
+        raise JournalError(Code.JOURNAL_DAMAGED, detail) from error

@@ -9,26 +9,42 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+import structlog
 
 from app.core.images import Image, ImageUse, InvalidMark
 from app.core.job import Job
 from app.core.machine.step import StoredVersion
 from app.engine.ports.clock import Clock
 from app.engine.ports.events import DomainEvent, EventFilter, StoredEvent
-from app.engine.ports.journal import IdempotencyKey, JobFilter, JournalFull, NewJob, Registration, StoredAnswer
+from app.engine.ports.journal import IdempotencyKey, JobFilter, JournalError, NewJob, Registration, StoredAnswer
 from app.engine.ports.uses import DiskUses, MarkChange
 from app.engine.views import Render
+from app.journal import reserve
 from app.journal.codec import encode_registration
 from app.journal.connections import Connections, Executors
-from app.journal.database import connect, connect_to_read, transaction
+from app.journal.database import BUSY_S, FILE, connect, connect_to_read, damage, damaged, transaction
+from app.journal.epoch import begin
+from app.journal.failures import reading
+from app.journal.health import Health
+from app.journal.held import HeldFiles
 from app.journal.images import change_marks, every_use, marks_of, replace_uses
-from app.journal.pruning import prune
+from app.journal.pruning import prune, reckon
 from app.journal.reading import Reading
 from app.journal.writing import Transaction
+
+CHECK_S: Final = 5.0
+"""Seconds after which a journal that does not answer counts as one that can't be written."""
+
+FREE_WARNED: Final = 64 << 20
+"""Bytes of free space inside the file from which on they are told, where they are more than half of it."""
+
+log = structlog.get_logger("blockjobd.journal")
 
 T = TypeVar("T")
 Publish = Callable[[Sequence[StoredEvent]], None]
@@ -43,8 +59,12 @@ class SqliteJournal:
     file that can't be read (`sqlite3.Error`).
     """
 
-    def __init__(self, connections: Connections, render: Render, clock: Clock) -> None:
+    def __init__(self, connections: Connections, render: Render, clock: Clock, state_dir: Path | None = None) -> None:
         self._connections = connections
+        self._state_dir = state_dir
+        self._files = HeldFiles(state_dir) if state_dir else None
+        self._health = Health()
+        self._asked: asyncio.Task[None] | None = None
         self._render = render
         self._clock = clock
         self._publish: Publish | None = None
@@ -55,16 +75,22 @@ class SqliteJournal:
     def open(cls, state_dir: Path, render: Render, clock: Clock, executors: Executors | None = None) -> SqliteJournal:
         """The journal in `state_dir`, which is made if it is missing; `executors` stand in for its two threads.
 
-        Blocks while the schema is brought up to date. Raises as `app.journal.database.connect` does. The caller holds
+        Blocks while the schema is brought up to date and the whole file is checked. Raises as
+        `app.journal.database.connect` does, and `JournalUnusable` for a file that is damaged. The caller holds
         `app.journal.lock.locked`.
         """
-        writing = connect(state_dir)
-        try:
-            reading = connect_to_read(state_dir)
-        except BaseException:
-            writing.close()
-            raise
-        return cls(Connections(writing, reading, executors or Executors.threads()), render, clock)
+        with ExitStack() as stack:
+            writing = stack.enter_context(closing(connect(state_dir)))
+            if (found := damage(writing)) is not None:
+                raise damaged(state_dir / FILE, found)
+            begin(state_dir, writing)
+            reserve.keep(state_dir)
+            reading = stack.enter_context(closing(connect_to_read(state_dir)))
+            # The files that SQLite opens at the first read are there from then on.
+            reading.execute("SELECT 1 FROM meta").fetchone()
+            made = cls(Connections(writing, reading, executors or Executors.threads()), render, clock, state_dir)
+            stack.pop_all()
+            return made
 
     def close(self) -> None:
         """Finish the writes that were asked for, and let go of the file; blocks until then."""
@@ -79,13 +105,27 @@ class SqliteJournal:
         self._wake = wake
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
-        """Do `work` in one transaction; the events that it tells are published after that."""
+        """Do `work` in one transaction; the events that it tells are published after that.
+
+        All that wait while another program has the file locked wait for the same second. Raises `JournalError`.
+        """
         loop = asyncio.get_running_loop()
+        asked = time.monotonic()
 
         def hop(connection: sqlite3.Connection) -> T:
             writing = Transaction(connection, self._render, self._clock)
-            with transaction(connection):
-                done = work(writing)
+            try:
+                self._health.check()
+                if self._files is not None:
+                    self._health.grown(self._files.check())
+                wait_ms = max(0, round((asked + BUSY_S - time.monotonic()) * 1000))
+                connection.execute(f"PRAGMA busy_timeout = {wait_ms}")
+                with transaction(connection):
+                    done = work(writing)
+            except JournalError as error:
+                self._health.note(error)
+                raise
+            self._health.note(None)
             # From this thread, so that the loop hears of transactions in the order of their commits. A loop that has
             # ended meanwhile has no subscribers left.
             with suppress(RuntimeError):
@@ -102,8 +142,19 @@ class SqliteJournal:
         return await self.write(lambda writing: writing.connection.execute(statement, values).rowcount)  # pyright: ignore[reportArgumentType]
 
     async def read(self, query: str, values: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
-        """All rows of a query."""
-        return await self._connections.read(lambda connection: connection.execute(query, values or {}).fetchall())
+        """All rows of a query; raises `JournalError`."""
+        return await self._look(lambda connection: connection.execute(query, values or {}).fetchall())
+
+    async def _look(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def hop(connection: sqlite3.Connection) -> T:
+            try:
+                with reading():
+                    return work(connection)
+            except JournalError as error:
+                self._health.note(error, wrote=False)
+                raise
+
+        return await self._connections.read(hop)
 
     # Writes -----------------------------------------------------------------------------------------------------------
 
@@ -142,19 +193,29 @@ class SqliteJournal:
         """Store an event of a domain; `data` is the JSON text of its data."""
         await self.write(lambda writing: writing.tell(type_.value, domain=domain, disk=None, job_id=None, data=data))
 
-    async def register(self, registration: Registration) -> None:
-        """Keep a registration, in place of an earlier one of the same id."""
-        await self.execute(
-            "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-            (registration.id, encode_registration(registration)),
-        )
+    async def register(self, registration: Registration, told: str | None = None) -> None:
+        """Keep a registration, in place of an earlier one of the same id; `told` is the data of `domain.added`."""
 
-    async def unregister(self, domain: str) -> None:
-        """Forget a registration, and the uses of images by its disks; a domain that is not there is no error."""
+        def work(writing: Transaction) -> None:
+            writing.connection.execute(
+                "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+                (registration.id, encode_registration(registration)),
+            )
+            if told is not None:
+                writing.tell(DomainEvent.ADDED.value, domain=registration.id, disk=None, job_id=None, data=told)
+
+        await self.write(work)
+
+    async def unregister(self, domain: str, told: str) -> None:
+        """Forget a registration, and the uses of images by its disks; a domain that is not there is no error.
+
+        `told` is the data of `domain.removed`.
+        """
 
         def work(writing: Transaction) -> None:
             writing.connection.execute("DELETE FROM domains WHERE id = ?", (domain,))
             writing.connection.execute("DELETE FROM image_uses WHERE domain = ?", (domain,))
+            writing.tell(DomainEvent.REMOVED.value, domain=domain, disk=None, job_id=None, data=told)
 
         await self.write(work)
 
@@ -172,25 +233,70 @@ class SqliteJournal:
 
         An event of a job goes with its job, so events that are older than the last pruned one may be left.
         A job stays as long as the key of its request, and what a webhook is still to be sent stays too. Done in many
-        short transactions, between which others write.
+        short transactions, between which others write. A clock that has jumped ahead since the last time counts for a
+        day at most: what it would delete by mistake is gone for good.
         """
-        await prune(self.execute, now=self._clock.now(), before=before)
+        now = self._clock.now()
+        reckoned = await self.write(lambda writing: reckon(writing.connection, now))
+        await prune(self.execute, now=reckoned, before=before - (now - reckoned))
         self._reading.forget()
+        if self._state_dir is not None:
+            reserve.keep(self._state_dir)
+        await self._look(self._measure)
+
+    def _measure(self, connection: sqlite3.Connection) -> None:
+        size, pages, free = (
+            int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_size", "page_count", "freelist_count")
+        )
+        self._health.grown({"free": free * size})
+        if free * size > FREE_WARNED and 2 * free > pages:
+            log.warning("more than half of the journal's file is free space", bytes=pages * size, free=free * size)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of the journal's `file`, of its `log`, and of what is `free` in the file, as last seen."""
+        return self._health.sizes
 
     async def check(self) -> str | None:
-        """None if the journal can be written, which is tried, else why not."""
-        try:
+        """None if the journal can be written, else its code and why not.
+
+        A write is only tried where none was of late, and once for all who ask at the same time.
+        """
+        recent, failure = self._health.known()
+        if not recent or (failure is None and self._files is not None and self._files.is_cramped()):
+            if self._asked is None or self._asked.done():
+                self._asked = asyncio.create_task(self._try())
+            try:
+                await asyncio.wait_for(asyncio.shield(self._asked), CHECK_S)
+            except TimeoutError:
+                return f"the journal has not answered for {CHECK_S:g} s"
+            _, failure = self._health.known()
+        if failure is None and self._files is not None:
+            try:
+                self._files.check()
+            except JournalError as error:
+                failure = error
+        return None if failure is None else f"{failure.code.value}: {failure}"
+
+    async def _try(self) -> None:
+        with suppress(JournalError):
             # A value that changes each time: SQLite writes nothing for an update that changes nothing.
             await self.execute("UPDATE meta SET value = value + 1 WHERE key = 'checks'", ())
-        except JournalFull as error:
-            return str(error)
-        return None
+
+    async def _told(self, found: Awaitable[T]) -> T:
+        try:
+            return await found
+        except JournalError as error:
+            # What can be read of the file and makes no sense is damage, too.
+            self._health.note(error, wrote=False)
+            raise
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
     async def job(self, job_id: str) -> Job | None:
         """The last stored version of a job."""
-        return await self._reading.job(job_id)
+        return await self._told(self._reading.job(job_id))
 
     async def kept(self, key: IdempotencyKey, *, since: int) -> StoredAnswer | None:
         """What a key of that name led to, if it was stored at `since` or later."""
@@ -198,15 +304,15 @@ class SqliteJournal:
 
     async def unfinished(self) -> Sequence[Job]:
         """Every job that has not ended, oldest first."""
-        return await self._reading.unfinished()
+        return await self._told(self._reading.unfinished())
 
     async def jobs(self, wanted: JobFilter) -> tuple[Sequence[Job], int | None]:
         """Jobs, newest first, and the cursor of the next page (None: there is none)."""
-        return await self._reading.jobs(wanted)
+        return await self._told(self._reading.jobs(wanted))
 
     async def jobs_of(self, parent: str) -> Sequence[Job]:
         """The jobs that are steps of another one, oldest first."""
-        return await self._reading.jobs_of(parent)
+        return await self._told(self._reading.jobs_of(parent))
 
     async def events(self, wanted: EventFilter, *, after: int, limit: int) -> Sequence[StoredEvent]:
         """Stored events with an id above `after`, oldest first."""
@@ -218,13 +324,13 @@ class SqliteJournal:
 
     async def registrations(self) -> Sequence[Registration]:
         """The domains that were registered, by id."""
-        return await self._reading.registrations()
+        return await self._told(self._reading.registrations())
 
     async def uses(self) -> Sequence[ImageUse]:
         """Every use of an image, by domain, disk and place."""
-        return await self._connections.read(every_use)
+        return await self._look(every_use)
 
     async def invalid_marks(self, images: Iterable[Image]) -> Sequence[InvalidMark]:
         """The marks of these images, or of what may be one of them, oldest job first."""
         asked = tuple(images)
-        return await self._connections.read(lambda connection: marks_of(connection, asked))
+        return await self._look(lambda connection: marks_of(connection, asked))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from app.journal.database import prepare
+from app.journal.database import make, prepare
+from app.journal.held import FILE, LOCK
 
 
 class StateDirInUse(Exception):
@@ -20,19 +21,30 @@ class StateDirInUse(Exception):
 
 
 @contextmanager
-def locked(state_dir: Path) -> Generator[None]:
+def locked(state_dir: Path, *, new: bool = True) -> Generator[None]:
     """Hold the state directory, which is made if it is missing, for one service.
 
-    The kernel lets go of the lock when the process ends, however it ends. Raises `StateDirInUse`, or `OSError` where
-    the directory can't be made or written.
+    The journal itself is locked too, as somebody may have removed the lock's file; with `new` it is made if it is
+    missing. The kernel lets go of the locks when the process ends, however it ends. Raises `StateDirInUse`, what
+    `app.journal.database.connect` raises, or `OSError` where the directory can't be made or written.
     """
     prepare(state_dir)
-    handle = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateDirInUse(state_dir) from None
+    with ExitStack() as stack:
+        handle = os.open(state_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, handle)
+        _lock(handle, state_dir)
+        if new:
+            make(state_dir)
+        with suppress(FileNotFoundError):
+            # Closed after every connection to the file: that drops the locks of the whole process (fcntl(2)).
+            handle = os.open(state_dir / FILE, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, handle)
+            _lock(handle, state_dir)
         yield
-    finally:
-        os.close(handle)
+
+
+def _lock(handle: int, state_dir: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StateDirInUse(state_dir) from None

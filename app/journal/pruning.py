@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -29,6 +30,21 @@ JOBS: Final = (
     f" AND NOT EXISTS ({UNDELIVERED} AND event_id IN (SELECT id FROM events WHERE job_id = jobs.id))"
     " ORDER BY finished_at LIMIT ?)"
 )
+
+
+DAY: Final = 86_400_000
+"""Milliseconds."""
+
+
+def reckon(connection: sqlite3.Connection, now: int) -> int:
+    """The time by which things are too old to be kept, in ms since 1970: `now`, but a day after the last one at most.
+
+    So a clock that jumps ahead has nothing deleted that is a day younger than what would be deleted anyway.
+    """
+    row = connection.execute("SELECT value FROM meta WHERE key = 'reckoned'").fetchone()
+    time = now if row is None else min(now, int(row[0]) + DAY)
+    connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('reckoned', ?)", (time,))
+    return time
 
 
 async def prune(delete: Callable[[str, tuple[object, ...]], Awaitable[int]], *, now: int, before: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import sqlite3
@@ -15,6 +14,8 @@ from typing import Final, Self
 from app.engine.ports.clock import Clock
 from app.engine.ports.tokens import Role, Token
 from app.journal.database import connect, transaction
+from app.journal.failures import reading
+from app.journal.files import sync_folder, write_private
 
 ADMIN: Final = "admin"
 """The name of the token that the service makes for itself at its first start."""
@@ -33,7 +34,7 @@ class Tokens:
     """The tokens of a state directory.
 
     Other processes may change them at any time, and what they change holds at once. Calls block, for microseconds
-    (`find`) or as long as the disk takes to store; they may come from any thread. Those that write raise `JournalFull`.
+    (`find`) or as long as the disk takes to store; they may come from any thread. All raise `JournalError`.
     """
 
     def __init__(self, state_dir: Path, connection: sqlite3.Connection, clock: Clock) -> None:
@@ -61,7 +62,7 @@ class Tokens:
 
     def find(self, text: str) -> Token | None:
         """The token with this text, unless there is none or it was revoked."""
-        with self._lock:
+        with self._lock, reading():
             row = self._connection.execute(
                 "SELECT name, role, created_at FROM tokens WHERE hash = ?", (_hash(text),)
             ).fetchone()
@@ -69,7 +70,7 @@ class Tokens:
 
     def list_tokens(self) -> list[Token]:
         """Every token, by name."""
-        with self._lock:
+        with self._lock, reading():
             rows = self._connection.execute("SELECT name, role, created_at FROM tokens ORDER BY name").fetchall()
         return [_token(*row) for row in rows]
 
@@ -105,7 +106,7 @@ class Tokens:
             kept = self._kept()
             if kept is not None and _hash(kept) == row[0]:
                 self._file.unlink(missing_ok=True)
-                _sync(self._file.parent)
+                sync_folder(self._file.parent)
             self._connection.execute("DELETE FROM tokens WHERE name = ?", (name,))
 
     def ensure_admin(self) -> Path:
@@ -117,7 +118,7 @@ class Tokens:
         text = self._kept()
         if text is None:
             text = _new_text()
-            _write_private(self._file, f"{text}\n")
+            write_private(self._file, f"{text}\n")
         if not TEXT.fullmatch(text):
             raise TokenError(f"{self._file} holds no token; remove it to have one made")
         found = self.find(text)
@@ -152,24 +153,3 @@ def _hash(text: str) -> str:
 
 def _token(name: str, role: str, created_at: int) -> Token:
     return Token(name=name, role=Role(role), created_at=created_at)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that is there whole, durable and readable by its owner only, or not at all."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.unlink(missing_ok=True)
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1068,3 +1068,11 @@ def test_a_comparison_that_fails() -> None:
     problem = Problem(code=Code.VERIFICATION_FAILED, detail="they differ")
     story.on(CleanedUp(Result(chain=FILES[:1]), problem))
     assert (story.told[-1], story.job.error) == ("failed", problem)
+
+
+def test_a_clock_that_is_set_back_ends_no_job_before_it_began() -> None:
+    """Times of a job rise, whatever the clock says."""
+    job = replace(active_job(), created_at=1_000_000)
+    ended = step(job, Abort(force=False), 5).job
+    assert ended.ended
+    assert ended.finished_at == 1_000_000

@@ -21,6 +21,7 @@ from app.core.outgoing import (
     secret_error,
     signatures,
     url_error,
+    waits,
 )
 
 SECRETS = tuple(new_secret(bytes([number]) * 32) for number in (1, 2))
@@ -191,3 +192,11 @@ def test_what_is_never_allowed(address: str) -> None:
 def test_a_teredo_address_is_that_of_its_client() -> None:
     """RFC 4380: the client's IPv4 address, inverted, in the last 32 bits."""
     assert "(127.0.0.1)" in (address_error("2001:0:4136:e378:8000:63bf:80ff:fffe", ()) or "")
+
+
+def test_a_clock_that_was_ahead_holds_nothing_up() -> None:
+    """What was attempted in a time that has not come yet is due now; so is what was never attempted."""
+    assert waits(due_at=9_000, attempts=1, attempted_at=1_000, now=4_000) == 5_000
+    assert waits(due_at=9_000, attempts=1, attempted_at=8_000, now=4_000) == 0
+    assert waits(due_at=9_000, attempts=0, attempted_at=None, now=4_000) == 0
+    assert waits(due_at=9_000, attempts=0, attempted_at=1_000, now=4_000) == 0

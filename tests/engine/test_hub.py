@@ -205,3 +205,21 @@ def test_at_shutdown_every_stream_ends_and_new_ones_are_refused(tmp_path: Path) 
         await tell(journal, 1)
 
     run(tmp_path, story)
+
+
+def test_pruning_that_overtakes_a_slow_replay_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pruned while a subscriber takes its time is not left out without a word."""
+    monkeypatch.setattr(hub_module, "PAGE", 3)
+
+    async def story(hub: Hub, journal: SqliteJournal) -> None:
+        await tell(journal, 10)
+        async with aclosing(hub.stream(EVERYTHING, after=0)) as stream:
+            assert await take(stream, 3) == [1, 2, 3]
+            await journal.prune(SystemClock().now() + 1000)
+            await tell(journal, 2)
+            told = await anext(stream)
+            assert told is not None
+            assert (told.type, told.id) == ("stream.reset", 10)
+            assert await take(stream, 2) == [11, 12]
+
+    run(tmp_path, story)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from app.core.errors import Code
 from app.core.outgoing import Answer, DeliveryState
 from app.engine import webhook_sender as module
 from app.engine.ports.events import DomainEvent, StoredEvent
-from app.engine.ports.journal import JournalFull
+from app.engine.ports.journal import JournalError
 from app.engine.ports.outbox import Delivery, Webhook
 from app.engine.webhook_sender import WebhookSender
 from app.journal.outbox import SqliteOutbox
@@ -60,7 +61,7 @@ class Failing(SqliteOutbox):
         """As the real one's, later."""
         if self.notes:
             self.notes -= 1
-            raise JournalFull("no space")
+            raise JournalError(Code.JOURNAL_FULL, "no space")
         await super().note(delivery, disabled=disabled, data=data)
 
     async def head(self, webhook_id: str) -> tuple[Webhook, Delivery, StoredEvent] | None:

@@ -314,6 +314,6 @@ def test_registrations_are_kept(tmp_path: Path) -> None:
 
     run(tmp_path, register)
     assert run(tmp_path, lambda journal: journal.registrations()) == [Registration(id="api1"), second]
-    run(tmp_path, lambda journal: journal.unregister("web1"))
-    run(tmp_path, lambda journal: journal.unregister("web1"))
+    run(tmp_path, lambda journal: journal.unregister("web1", "{}"))
+    run(tmp_path, lambda journal: journal.unregister("web1", "{}"))
     assert run(tmp_path, lambda journal: journal.registrations()) == [Registration(id="api1")]

@@ -93,3 +93,32 @@ def test_many_jobs_are_pruned(tmp_path: Path) -> None:
         assert await journal.event_bounds() == (240, 240)
 
     run(tmp_path, story)
+
+
+def test_a_clock_that_jumps_ahead_prunes_a_day_at_most(tmp_path: Path) -> None:
+    """A start with a clock that is years ahead deletes next to nothing; with a clock that is right, all goes on."""
+    clock = SetClock(100 * DAY)
+    old, recent = make_job("old"), make_job("recent", disk="vdb")
+
+    async def story(journal: SqliteJournal) -> None:
+        await journal.prune(clock.time - 30 * DAY)
+        await add_job(journal, [*queued(old), ended(old, at=70 * DAY + 1)])
+        await add_job(journal, [*queued(recent), ended(recent, at=99 * DAY)])
+        clock.time = 900 * DAY
+        await journal.prune(clock.time - 30 * DAY)
+        assert await ids_of_jobs(journal) == ["recent"]
+        clock.time = 100 * DAY
+        await journal.prune(clock.time - 30 * DAY)
+        assert await ids_of_jobs(journal) == ["recent"]
+        # A service that was off for long catches up by a day each time.
+        clock.time = 130 * DAY
+        for _ in range(30):
+            await journal.prune(clock.time - 30 * DAY)
+        assert await ids_of_jobs(journal) == []
+
+    run(tmp_path, story, clock)
+
+
+async def ids_of_jobs(journal: SqliteJournal) -> list[str]:
+    jobs, _ = await journal.jobs(JobFilter())
+    return [job.id for job in jobs]

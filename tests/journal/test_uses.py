@@ -86,7 +86,7 @@ def test_uses_stay_until_their_domain_is_forgotten(tmp_path: Path) -> None:
         await journal.register(Registration(id="web1", allow_managed=True))
         await journal.prune(DAY)
         assert len(await journal.uses()) == 2
-        await journal.unregister("web1")
+        await journal.unregister("web1", "{}")
         assert await journal.uses() == list(uses(BASE, domain="db1"))
 
     run(tmp_path, story)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from app.core.errors import Code
 from app.core.images import Claim, Image, Resource
 from app.core.job import Job
 from app.core.machine.step import StoredVersion
@@ -44,8 +45,17 @@ class JobFilter:
     limit: int = 100
 
 
-class JournalFull(Exception):
-    """The journal can't be written (its file system is full, or it failed); nothing was stored."""
+class JournalError(Exception):
+    """The journal can't be written or read; the text says why, for a person.
+
+    A write has stored nothing, but with `Code.JOURNAL_UNCERTAIN`: then a power failure could bring back what was to be
+    stored. The other codes are `JOURNAL_FULL`, `JOURNAL_BUSY`, `JOURNAL_REPLACED`, `JOURNAL_DAMAGED` and, for reads,
+    `JOURNAL_UNREADABLE`.
+    """
+
+    def __init__(self, code: Code, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 class JobConflict(Exception):
@@ -97,7 +107,7 @@ class NewJob:
 class Journal(ImageRecords, Protocol):
     """What is kept over restarts. Each write is one transaction, and durable when the call returns.
 
-    Writes raise `JournalFull`.
+    Writes and reads raise `JournalError`.
     """
 
     def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:
@@ -166,12 +176,15 @@ class Journal(ImageRecords, Protocol):
         """The domains that were registered with PUT."""
         ...
 
-    async def register(self, registration: Registration) -> None:
-        """Keep a registration, in place of an earlier one of the same id."""
+    async def register(self, registration: Registration, told: str | None = None) -> None:
+        """Keep a registration, in place of an earlier one of the same id.
+
+        `told` is the data of `domain.added`, which is stored with it; None: it is not told.
+        """
         ...
 
-    async def unregister(self, domain: str) -> None:
-        """Forget a registration, and all uses of images by the domain's disks."""
+    async def unregister(self, domain: str, told: str) -> None:
+        """Forget a registration, and all uses of images by the domain's disks; `told`: of `domain.removed`."""
         ...
 
     async def prune(self, before: int) -> None:
@@ -179,5 +192,10 @@ class Journal(ImageRecords, Protocol):
         ...
 
     async def check(self) -> str | None:
-        """None if the journal can be written, else why not."""
+        """None if the journal can be written, else why not. Writes only where nothing was written of late."""
+        ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of the journal's `file`, of its `log`, and of what is `free` in the file, as last seen."""
         ...

@@ -61,7 +61,7 @@ class Delivery:
 class Outbox(Protocol):
     """The webhooks, and what they are to be sent; written by the journal with each event, in its transaction.
 
-    Each write is one transaction, and durable when the call returns; writes raise `JournalFull`.
+    Each write is one transaction, and durable when the call returns; writes raise `JournalError`.
     """
 
     def listen(self, wake: Callable[[Collection[str]], None]) -> None:

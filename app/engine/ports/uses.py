@@ -12,7 +12,7 @@ DiskUses = Mapping[tuple[str, str], Sequence[ImageUse]]
 
 
 class ImageRecords(Protocol):
-    """Uses and marks of images. Each write is one transaction, and raises `JournalFull`.
+    """Uses and marks of images. Each write is one transaction, and raises `JournalError`.
 
     What goes together with a change of a job is written by `Journal.store`.
     """

@@ -12,7 +12,7 @@ from app.core.kinds import commit
 from app.core.kinds.commit import CommitFlag, CommitRequest
 from app.core.states import OnError, OnReady, State
 from app.engine.ports.driver import Address
-from app.engine.ports.journal import JobFilter, JournalFull, Registration
+from app.engine.ports.journal import JobFilter, JournalError, Registration
 from app.engine.service import Service
 from tests.engine.simulation.engine import Engine
 from tests.engine.simulation.loop import OWNER
@@ -62,7 +62,7 @@ class Clients:
             trace.note(f"refused: {refused.problem.code}", f"{what}: {refused.problem.detail}")
             if refused.problem.code in SERIOUS:
                 self.errors.append(f"{what}: {refused}")
-        except JournalFull:
+        except JournalError:
             trace.note("refused: journal full", what)
         except asyncio.CancelledError:
             trace.note("answer lost", what)

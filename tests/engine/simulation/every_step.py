@@ -14,12 +14,13 @@ from enum import Enum
 from random import Random
 from typing import Any, Final, cast
 
+from app.core.errors import Code
 from app.core.job import Job
 from app.core.kinds.commit import CommitFlag, CommitRequest
 from app.core.states import OnReady, State
 from app.engine.ports.driver import Driver, MonitorError, Unanswered
 from app.engine.ports.images import Images
-from app.engine.ports.journal import Journal, JournalFull
+from app.engine.ports.journal import Journal, JournalError
 from app.engine.shared import Shared
 from tests.engine.simulation.clients import Clients
 from tests.engine.simulation.engine import Engine, Mutant, logs_into
@@ -125,7 +126,7 @@ class Fuse:
 
 def _failure(name: str) -> Exception:
     if name in JOURNAL:
-        return JournalFull("the test's journal is full")
+        return JournalError(Code.JOURNAL_FULL, "the test's journal is full")
     return Unanswered(f"the test's {name} has no answer")
 
 

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from app.core.errors import Code
 from app.core.job import Job
 from app.engine.ports.clock import Clock
-from app.engine.ports.journal import JournalFull
+from app.engine.ports.journal import JournalError
 from app.engine.views import DomainView
 from app.journal import database
 from app.journal.connections import Connections, Executors
@@ -112,7 +113,7 @@ class SimJournal(SqliteJournal):
             self._note_call("write", "failed writes")
             # That it can't be written is found by the writing thread, on its way there and back.
             await asyncio.sleep(WRITE_S)
-            raise JournalFull("the simulated file system is full")
+            raise JournalError(Code.JOURNAL_FULL, "the simulated file system is full")
         if fault == "kill before":
             self._kill()
             raise asyncio.CancelledError

@@ -83,7 +83,7 @@ class _Hasty(DomainDirectory):
         actor = self.find(domain)
         if actor.jobs:
             raise Refused(Problem(code=Code.JOB_CONFLICT, detail=actor.jobs[0].id))
-        await self._shared.journal.unregister(domain)
+        await self._shared.journal.unregister(domain, self._shared.render.domain(actor.view()))
         self._forgotten.add(domain)
         await self._remove(actor)
 

@@ -12,7 +12,7 @@ import pytest
 from app.core.errors import Code, Problem, Refused
 from app.core.kinds.commit import CommitRequest
 from app.engine.ports.driver import Declined
-from app.engine.ports.journal import JournalFull, Registration
+from app.engine.ports.journal import JournalError, Registration
 from app.engine.service import Service
 from tests.engine.simulation.engine import Engine, Mutant, logs_into
 from tests.engine.simulation.hazards import NONE
@@ -102,7 +102,7 @@ def test_a_removal_that_cannot_be_stored_changes_nothing() -> None:
 
     async def story(scene: Scene) -> None:
         scene.engine.faults.next.append("full")
-        with pytest.raises(JournalFull):
+        with pytest.raises(JournalError):
             await scene.service.forget("vm0")
         await scene.service.start("commit", "vm0", "vda", BELOW, who="ci")
         await scene.engine.stop()
