@@ -126,6 +126,8 @@ class Settings(BaseModel):
     image_roots: Annotated[tuple[Folder, ...], BeforeValidator(_paths)] = ()
     """Folders outside which the service opens and deletes no image; none: anywhere."""
     max_running_jobs: int = Field(default=8, ge=1)
+    max_connections: int = Field(default=1000, ge=1)
+    """Connections of clients; one more is answered with 503 and closed."""
     retention_days: int = Field(default=30, ge=0)
     qmp_timeout: float = Field(default=10, gt=0, allow_inf_nan=False)
     """Seconds."""

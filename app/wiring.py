@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from random import SystemRandom
+from typing import Final
 
 import uvloop
 from fastapi import FastAPI
@@ -42,6 +44,12 @@ from app.journal.tokens import Tokens
 from app.logs import configure
 from app.settings import Settings
 from app.webhooks.sender import HttpSender
+
+OWN_FILES: Final = 64
+"""Files that the service opens for itself, at least; a quarter of those that it may open is more, mostly."""
+
+CLIENTS_LEAST: Final = 8
+"""Connections that clients have in any case."""
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32, as ULIDs use it: no letters that look like digits."""
@@ -177,8 +185,23 @@ async def serve(
     """Serve until SIGTERM or SIGINT; `ready` gets the base URL once requests are taken. The rest as in `running`."""
     os.umask(0o077)
     async with running(settings, render=render, wrap_ports=wrap_ports, schedule=schedule) as application:
-        server = Server(application.api, application.hub, settings.listen, ready=ready)
+        most = min(settings.max_connections, _connections())
+        server = Server(application.api, application.hub, settings.listen, max_connections=most, ready=ready)
         await server.serve()
+
+
+def _connections() -> int:
+    """Raise the limit of open files as far as it goes; how many of them clients may have, so that monitors have some.
+
+    A monitor takes one, and a look at a QEMU and its images a few more for a moment.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Python has no use for select(2), which alone can't bear large numbers.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(CLIENTS_LEAST, soft - max(OWN_FILES, soft // 4))
 
 
 def run(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:

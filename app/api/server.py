@@ -8,6 +8,7 @@ import errno
 import signal
 import socket
 from collections.abc import Callable, Generator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.api.codes import MEDIA_TYPE
 from app.api.observe import ABORT
 from app.api.problems import problem_document
-from app.core.errors import invalid
+from app.core.errors import Code, Problem, invalid
 from app.engine.hub import Hub
 from app.settings import Listen
 
@@ -39,18 +40,43 @@ MESSAGE_MAX: Final = 8 << 20
 """Bytes that are read of one request. A body of the largest size needs that many if its chunks are small."""
 
 
+CONNECTIONS: Final = 1000
+"""Connections that a server takes unless it is told otherwise."""
+
+REFUSED_S: Final = 1.0
+"""Seconds that a client that is one too many has to read why."""
+
+
 class Protocol(HttpToolsProtocol):
     """HTTP/1.1. It answers bytes that are not HTTP with a problem document, and lets the application cut a connection.
 
     The parser below keeps a header until the header is complete, so the bytes of each request are counted here.
     """
 
+    most = CONNECTIONS
+    """Connections that are served at one time."""
+
     _messages = 0
     _taken = 0
     _limit: int | None = None
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take a connection, or refuse it if there are as many as are served."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            # Before it has said anything: each of them holds a descriptor, which monitors may need.
+            self._refused = True
+            detail = f"{self.most} connections are open, which is as many as are served (max_connections)"
+            self._refuse(503, Problem(code=Code.TOO_MANY_REQUESTS, detail=detail))
+            self.loop.call_later(REFUSED_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, and end the connection if a request has too many."""
+        if self._refused:
+            # Nobody reads it, and a connection that is closed with something unread is reset before its answer is.
+            self.transport.close()
+            return
         before = self._messages
         super().data_received(data)
         if self._limit is None or before != self._messages or self.transport.is_closing():
@@ -80,10 +106,16 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not HTTP, and end the connection."""
-        body = problem_document(invalid("", msg), "/").model_copy(update={"status": 400}).model_dump_json().encode()
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self._refuse(400, invalid("", msg))
         self.transport.close()
+
+    def _refuse(self, status: int, problem: Problem) -> None:
+        body = problem_document(problem, "/").model_copy(update={"status": status}).model_dump_json().encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: {MEDIA_TYPE}\r\n"
+            f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
 
 
 class Server(uvicorn.Server):
@@ -92,11 +124,19 @@ class Server(uvicorn.Server):
     `ready` is called with `url` once the server takes requests. Raises OSError if it can't listen on `listen`.
     """
 
-    def __init__(self, app: FastAPI, hub: Hub, listen: Listen, *, ready: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        hub: Hub,
+        listen: Listen,
+        *,
+        max_connections: int = CONNECTIONS,
+        ready: Callable[[str], None] | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=type("BoundedProtocol", (Protocol,), {"most": max_connections}),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -70,7 +70,10 @@ def meaning(string: str, *, overlay: str, folder: str | None = None) -> Meaning 
 
 
 def _local(path: str, folder: str | None) -> Meaning | None:
-    if not path or (folder is None and not path.startswith("/")):
+    if not path or "\0" in path or (folder is None and not path.startswith("/")):
+        return None
+    if any("\ud800" <= character <= "\udbff" for character in path):
+        # Only `json:` can hold it, and no file system has a name for it.
         return None
     return Meaning(path=posixpath.join(folder or "/", path))
 

@@ -33,6 +33,7 @@ from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
 from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalError, Registration
 from app.engine.ports.outbox import Webhook
+from app.engine.rate import Throttled
 from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainState, DomainView
 
@@ -65,12 +66,15 @@ class Actor:
 
     def __init__(self, registration: Registration, shared: Shared, jobs: tuple[Job, ...] = ()) -> None:
         self.registration = registration
+        self._woken = asyncio.Event()
+        # One that tells without a pause is looked at from time to time, and holds up no other domain.
+        self._hints = Throttled(self._hinted, shared.clock)
         self.connection = MonitorConnection(
             registration,
             shared.drivers[registration.driver],
             shared.clock,
-            hint=self._hinted,
-            on_progress=self._on_progress,
+            hint=self._hints.ask,
+            on_progress=self._woken.set,
             has_images=lambda: bool(self.disks.off),
         )
         self.disks = DomainDisks(registration, self.connection, shared.images, shared.known)
@@ -81,7 +85,6 @@ class Actor:
         )
         self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
         self._inbox: deque[_Request] = deque()
-        self._woken = asyncio.Event()
         self._next_look = 0.0
         self._next_welcome = float("inf")
         self._stopping = False
@@ -142,9 +145,6 @@ class Actor:
         self._jobs.look_soon = True
         self._woken.set()
 
-    def _on_progress(self) -> None:
-        self._woken.set()
-
     def _hinted(self) -> None:
         if not self.jobs:
             # The guest may have been stopped, or run again.
@@ -180,6 +180,7 @@ class Actor:
                 await self._record_uses()
         finally:
             self._stopping = True
+            self._hints.cancel()
             await self.connection.close()
             self._jobs.release()
             self.connection.tried.set()

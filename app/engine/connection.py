@@ -45,6 +45,10 @@ STABLE_AFTER_S: Final = 3.0
 """Seconds that a connection has to last, else it counts as an attempt that has failed: a peer that hangs up at once
 would be called without a pause."""
 
+CUT_S: Final = (0.2, 0.5, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Seconds before the next attempt after the first, second and every later connection that has not lasted so long. Each
+of them costs two events."""
+
 
 class Phase(Enum):
     """Where the connection is."""
@@ -133,6 +137,7 @@ class MonitorConnection:
         self._connecting: asyncio.Task[Runner] | None = None
         self._probe: asyncio.Task[Guest] | None = None
         self._attempts = 0
+        self._cuts = 0
         self._since = 0.0
         self._due = 0.0
         self._last: Runner | None = None
@@ -306,10 +311,13 @@ class MonitorConnection:
         self._move(Signal.CUT)
         self._last, self.runner = self.runner, None
         self.error = self._unreachable(why)
-        if self._clock.monotonic() < self._since + STABLE_AFTER_S:
-            self._retry()
+        now = self._clock.monotonic()
+        if now < self._since + STABLE_AFTER_S:
+            self._due = now + CUT_S[min(self._cuts, len(CUT_S) - 1)]
+            self._cuts += 1
+            self._attempts += 1
         else:
-            self._attempts, self._due = 0, self._clock.monotonic()
+            self._attempts, self._cuts, self._due = 0, 0, now
         return Change.LOST
 
     def _retry(self) -> None:

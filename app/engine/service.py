@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
@@ -16,17 +16,21 @@ from app.core.machine.table import step
 from app.core.marks import mark_change
 from app.core.plan import Plan
 from app.core.states import State
+from app.engine.actor import Actor
 from app.engine.domains import DomainDirectory
 from app.engine.idempotency import IdempotencyKeys
 from app.engine.ports.events import EventFilter, StoredEvent
 from app.engine.ports.journal import IdempotencyKey, JobFilter, Registration
 from app.engine.ports.outbox import Webhook
+from app.engine.reads import SharedReads
 from app.engine.recovery import Recovery
 from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainView
 from app.engine.webhooks import WebhookUseCases
 
 HISTORY_PAGE = 1000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class Service:
         self.keys = IdempotencyKeys(shared.journal, shared.clock)
         self._shared = shared
         self._domains = domains
+        self._reads = SharedReads()
 
     # Domains and disks ------------------------------------------------------------------------------------------------
 
@@ -70,11 +75,20 @@ class Service:
 
     async def disks(self, domain: str) -> Sequence[DiskView]:
         """The domain's disks, as they are now."""
-        return await self._domains.call(domain, lambda actor: actor.read_disk_views())
+        return await self._reads.do((domain,), lambda begun: self._read(domain, begun, Actor.read_disk_views))
 
     async def disk(self, domain: str, disk: str) -> DiskView:
         """One disk, as it is now."""
-        return await self._domains.call(domain, lambda actor: actor.read_disk_view(disk))
+        return await self._reads.do(
+            (domain, disk), lambda begun: self._read(domain, begun, lambda actor: actor.read_disk_view(disk))
+        )
+
+    async def _read(self, domain: str, begun: Callable[[], None], read: Callable[[Actor], Awaitable[T]]) -> T:
+        def begin(actor: Actor) -> Awaitable[T]:
+            begun()
+            return read(actor)
+
+        return await self._domains.call(domain, begin)
 
     # Starting jobs ----------------------------------------------------------------------------------------------------
 

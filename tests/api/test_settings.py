@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "max_running_jobs": 8,
         "retention_days": 30,
         "qmp_timeout": 10,
+        "max_connections": 1000,
         "log_format": "json",
         "webhook_allow": (),
         "hooks": {},

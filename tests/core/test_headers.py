@@ -22,6 +22,8 @@ OVERLAY = "/images/web1/s3.qcow2"
         pytest.param("file:/images/base.qcow2", Meaning(path="/images/base.qcow2"), id="file-absolute"),
         pytest.param("file:base.qcow2", Meaning(path="/srv/base.qcow2"), id="file-starts-from-qemu-s-folder"),
         pytest.param("", None, id="empty"),
+        pytest.param('json:{"file.filename":"/b\\u0000/c"}', None, id="json-with-a-nul"),
+        pytest.param('json:{"file.filename":"/b\\ud800"}', None, id="json-with-half-a-character"),
         pytest.param('json:{"file.filename":"/b"}', Meaning(path="/b"), id="json-with-dots"),
         pytest.param(
             'json:{"driver":"raw","offset":65536,"file":{"driver":"file","filename":"/b"}}',

@@ -193,7 +193,7 @@ NO_QEMU: dict[str, Talk] = {
 """Nothing of this can be worked with."""
 
 STRANGE: dict[str, Talk] = {
-    "huge-replies": returns({"running": True, "status": "x" * (20 * MIB)}, "query-status"),
+    "huge-replies": returns({"running": True, "status": "x" * (12 * MIB)}, "query-status"),
     "answers-twice": answers(lambda request: usual(request) + usual(request), "query-uuid"),
     "unknown-events": tells(event("NEVER_HEARD_OF", deep={"x": [1, None]}), event("", x=1), times=100),
     "event-without-data": tells({"event": "BLOCK_JOB_COMPLETED", "timestamp": STAMP}),

@@ -5,22 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.error import ProtocolError
 from qemu.qmp.message import DeserializationError, Message, UnexpectedTypeError
 
 from app.core.errors import qemu_problem
 from app.drivers.qmp import replies
 from app.drivers.qmp.checks import MalformedReply, Query
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
+from app.engine.rate import Rate
+from app.hostfs.peers import listener
 from app.hostfs.process import is_stopped
 
-REPLY_MAX: Final = 64 << 20
-"""The longest reply that is read, in bytes; QEMU's own limit for a request."""
+REPLY_MAX: Final = 16 << 20
+"""The longest reply that is read, in bytes. A thousand nodes take 3 MiB."""
+
+VALUES_MAX: Final = 400_000
+"""How many values a message may hold: each takes up to a hundred times its two bytes in memory."""
+
+EVENTS_BURST: Final = 20_000
+EVENTS_A_SECOND: Final = 4000
+"""Events of one monitor that are taken in; beyond them its messages wait."""
+
+PAUSE: Final = 0.05
+"""Seconds for which such a monitor is not read."""
+
+FLOOD_S: Final = 30.0
+"""Seconds for which a monitor may send more events than that, before it counts as no QEMU."""
 
 GREETING: Final = 5.0
 """Seconds in which a monitor that is free sends its greeting."""
@@ -50,10 +65,23 @@ class _Client(QMPClient):
     def __init__(self, sink: Sink) -> None:
         super().__init__(readbuflen=REPLY_MAX)
         self._sink = sink
+        self._rate = Rate(EVENTS_BURST, EVENTS_A_SECOND)
+        self._flood: float | None = None
         self.heard_all = False
 
     async def _event_dispatch(self, msg: Message) -> None:
         self._sink(msg["event"], msg.get("data"))
+        now = asyncio.get_running_loop().time()
+        if self._rate.take(now):
+            if self._flood is not None and now - self._flood > FLOOD_S:
+                self._flood = None
+            return
+        # Others' monitors are read meanwhile.
+        await asyncio.sleep(PAUSE)
+        if self._flood is None:
+            self._flood = now
+        elif now - self._flood > FLOOD_S:
+            raise ProtocolError(f"more than {EVENTS_A_SECOND} events a second for {FLOOD_S:.0f} s")
 
     async def _do_recv(self) -> Message:
         """The next message. The library's own errors hold all of what was read, and are made a text of several times.
@@ -69,6 +97,10 @@ class _Client(QMPClient):
         if not line.endswith(b"\n"):
             self.heard_all = True
             raise EOFError
+        if line.count(b",") + line.count(b"{") + line.count(b"[") > VALUES_MAX:
+            shown = line[:SHOWN]
+            del line
+            raise DeserializationError(f"it holds more than {VALUES_MAX} values", shown)
         try:
             return Message(line, eager=True)
         except (DeserializationError, UnexpectedTypeError) as error:
@@ -116,7 +148,7 @@ class Connection:
             async with asyncio.timeout(greeting):
                 if address.unix is not None:
                     sock = await _connect_unix(address.unix)
-                    pid = _peer(sock)
+                    pid = listener(sock, address.unix)
                 else:
                     assert address.tcp is not None
                     sock = await _connect_tcp(*address.tcp)
@@ -141,8 +173,11 @@ class Connection:
         except (ConnectError, AssertionError) as error:
             # The assertion is the library's, of a peer that hangs up right after the negotiation.
             await _disconnect(client)
+            if address.tcp is not None:
+                # Whatever else listens there, its words are not for everybody who may read.
+                raise Unreachable(f"no QMP at {address.tcp}: what answers there speaks no QMP") from None
             why = error.exc if isinstance(error, ConnectError) else "the connection ended at once"
-            raise Unreachable(f"no QMP at {address.unix or address.tcp}: {why}") from error
+            raise Unreachable(f"no QMP at {address.unix}: {why}") from error
         return cls(client, version, pid, patience, hint)
 
     @property
@@ -227,12 +262,6 @@ async def _connect_tcp(host: str, port: int) -> socket.socket:
         else:
             return sock
     raise failed or OSError(f"{host} has no address")
-
-
-def _peer(sock: socket.socket) -> int | None:
-    """The pid of the process that made the listening socket (unix(7), SO_PEERCRED); 0 is another pid namespace."""
-    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid or None
 
 
 async def _disconnect(client: QMPClient) -> None:
