@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -131,6 +131,34 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     if alive(process) is False:
         return frozenset()
     return None if found is None else frozenset(found)
+
+
+def names_of_open_files(process: Process) -> Mapping[Identity, str]:
+    """Under which absolute paths the process's open files are found now; what was unlinked is left out.
+
+    A file that was renamed has its new name here. Empty where nothing can be seen.
+    """
+    found: dict[Identity, str] = {}
+    with suppress(OSError):
+        for file in list(os.scandir(f"/proc/{process.pid}/fd")):
+            with suppress(OSError):
+                status, name = file.stat(), os.readlink(file.path)
+                if name.startswith("/") and status.st_nlink:
+                    found[status.st_dev, status.st_ino] = name
+    return found
+
+
+def has_unlinked(process: Process, path: str) -> bool | None:
+    """Whether the process has a file open that was called `path` and has no name any more; None: it can't be seen."""
+    try:
+        files = list(os.scandir(f"/proc/{process.pid}/fd"))
+    except OSError:
+        return None
+    for file in files:
+        with suppress(OSError):
+            if os.readlink(file.path) == f"{path} (deleted)" and file.stat().st_nlink == 0:
+                return True
+    return False
 
 
 @contextmanager

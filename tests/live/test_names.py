@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +85,52 @@ def test_reading_beside_a_stream(service: Service, boot: Boot, domain: str, chai
         qemu.qmp("job-dismiss", id=f"pull{number}")
     assert qemu.process.poll() is None
     assert service.disk(domain)["chain"][0]["file"] == chain.at(0)
+
+
+@pytest.fixture
+def daemon(service: Service, domain: str, folder: Path) -> Iterator[Chain]:
+    """A QEMU that has left the folder from which its relative names start, as `-daemonize` does."""
+    chain = build_chain(folder / "images", 4, size=4 * MIB)
+    for image, backing in zip(chain.images[1:], chain.images, strict=False):
+        command = ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing.name, str(image)]
+        subprocess.run(command, check=True)
+    pidfile, monitor = folder / "pid", service.qmp_dir / f"{domain}.qmp"
+    command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-S"]
+    command += ["-daemonize", "-pidfile", str(pidfile), "-qmp", f"unix:{monitor},server=on,wait=off"]
+    command += ["-drive", f"file={chain.active.name},if=virtio,id=drive0"]
+    subprocess.run(command, cwd=folder / "images", check=True)
+    pid = int(pidfile.read_text())
+    try:
+        service.wait_for_domain(domain)
+        yield chain
+    finally:
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        select.select([process], [], [], 10)
+        os.close(process)
+        monitor.unlink()
+
+
+@pytest.mark.parametrize("body", [{"flags": ["active"], "on_ready": "pivot"}, {"top": "vda[2]", "base": "vda[3]"}])
+def test_relative_names_of_a_daemon(service: Service, daemon: Chain, domain: str, body: dict[str, Any]) -> None:
+    """The images are found where they are; that QEMU itself can't open their names again is the reason that is told."""
+    assert [layer["file"] for layer in service.disk(domain)["chain"]] == daemon.files
+    refused = service.commit(domain, **body)
+    assert (refused.status_code, refused.json()["code"]) == (409, "image-read-only"), refused.text
+    assert "No such file or directory" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("body", [{"flags": ["active", "delete"], "on_ready": "pivot"}, {"top": "vda[1]"}])
+def test_an_image_that_was_renamed(
+    service: Service, boot: Boot, domain: str, chain: Chain, body: dict[str, Any]
+) -> None:
+    """It is called what it is called by now, and a name that leads nowhere deletes nothing."""
+    qemu = boot(blockdev(chain))
+    renamed = chain.active.with_name("renamed.qcow2")
+    chain.active.rename(renamed)
+    assert service.disk(domain)["chain"][0]["file"] == str(renamed)
+    job = service.started(domain, **body)
+    assert service.wait_for_job(job["id"])["state"] == "completed"
+    qemu.quit()
+    assert renamed.exists() == ("top" in body)
+    assert_same(read_image(renamed if "top" in body else chain.images[0]), chain.view)
