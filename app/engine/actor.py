@@ -65,7 +65,6 @@ class Actor:
     """One domain: its connection, its disks, its unfinished jobs, and those who wait for an answer."""
 
     def __init__(self, registration: Registration, shared: Shared, jobs: tuple[Job, ...] = ()) -> None:
-        self.registration = registration
         self._woken = asyncio.Event()
         # One that tells without a pause is looked at from time to time, and holds up no other domain.
         self._hints = Throttled(self._hinted, shared.clock)
@@ -83,7 +82,7 @@ class Actor:
         self._executor = Executor(
             shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all()), self.wake
         )
-        self._jobs = DomainJobs(shared, self.connection, self._executor, jobs, self.wake)
+        self._jobs = DomainJobs(shared, self.connection, self._executor, disks=self.disks, jobs=jobs, wake=self.wake)
         self._inbox: deque[_Request] = deque()
         self._next_look = 0.0
         self._next_welcome = float("inf")
@@ -95,7 +94,7 @@ class Actor:
     @property
     def id(self) -> str:
         """The domain's id."""
-        return self.registration.id
+        return self.disks.registration.id
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -115,7 +114,7 @@ class Actor:
             name=(facts.name if facts else None) or self.id,
             uuid=facts.uuid if facts else None,
             state=state,
-            driver=self.registration.driver,
+            driver=self.disks.registration.driver,
             version=facts.version if facts else None,
             pid=facts.process.pid if facts else None,
             managed_by=facts.managed_by if facts else None,
@@ -161,7 +160,7 @@ class Actor:
     async def run(self) -> None:
         """Work until `stop`."""
         try:
-            if self.registration.address is None:
+            if self.disks.registration.address is None:
                 # No attempt to connect will ever have it read, and others' merges must not touch its images.
                 await self.disks.read_off()
                 self.connection.tried.set()

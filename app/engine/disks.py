@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
+from dataclasses import replace
 
 from app.core.chain import Disk, matching_disks
 from app.core.errors import Code, Problem, Refused
 from app.core.job import Job
+from app.core.states import State
 from app.engine.connection import MonitorConnection
 from app.engine.known import KnownDisks
 from app.engine.ports.images import Images
@@ -15,12 +18,12 @@ from app.engine.views import DomainState
 
 
 class DomainDisks:
-    """The disks of one domain."""
+    """The disks of one domain, and how it is registered."""
 
     def __init__(
         self, registration: Registration, connection: MonitorConnection, images: Images, known: KnownDisks
     ) -> None:
-        self._registration = registration
+        self.registration = registration
         self._connection = connection
         self._images = images
         self._known = known
@@ -28,29 +31,41 @@ class DomainDisks:
     @property
     def known(self) -> tuple[Disk, ...]:
         """The disks as they were last read."""
-        return self._known.of(self._registration.id)
+        return self._known.of(self.registration.id)
 
     async def read(self) -> tuple[Disk, ...]:
         """All disks as they are now. Raises `Refused` where they can't be read, and what a runner's call raises."""
         if self._connection.state() is DomainState.SHUTOFF:
             return await self.read_off()
         runner = self._connection.require()
-        self._known.note(self._registration.id, () if runner.facts.missing else await runner.disks())
+        self._known.note(self.registration.id, () if runner.facts.missing else await runner.disks())
         return self.known
 
     async def read_off(self) -> tuple[Disk, ...]:
         """The disks that are registered, or else those that it had when it ran, from their headers."""
-        return await self._known.read_off(self._registration.id, self.off)
+        return await self._known.read_off(self.registration.id, self.off)
 
     @property
     def off(self) -> Mapping[str, str]:
         """The active images of the domain while it is off, by target name."""
-        remembered = self._known.active_images(self._registration.id)
-        return self._registration.disks or {disk: image.path for disk, image in remembered.items()}
+        remembered = self._known.active_images(self.registration.id)
+        return self.registration.disks or {disk: image.path for disk, image in remembered.items()}
+
+    def moved(self, job: Job) -> Registration | None:
+        """The registration once the job has put another image in the place of a registered one; None: as before."""
+        chain = job.result.chain if job.result is not None else ()
+        before = job.spec.disk.files[0]
+        if job.state is not State.COMPLETED or not chain or chain[0] == before:
+            return None
+        disks = {
+            name: chain[0] if posixpath.normpath(image) == before else image
+            for name, image in self.registration.disks.items()
+        }
+        return None if disks == self.registration.disks else replace(self.registration, disks=disks)
 
     def forget(self, name: str) -> None:
         """A disk is not any more what it was when it was read."""
-        self._known.without(self._registration.id, name)
+        self._known.without(self.registration.id, name)
 
     async def find(self, name: str) -> Disk:
         """The one disk that answers to `name`; raises `Refused` for none or several."""
@@ -62,7 +77,7 @@ class DomainDisks:
             raise Refused(
                 Problem(
                     code=Code.DISK_NOT_FOUND,
-                    detail=f"no disk of {self._registration.id} is called {name!r}; it has {known}",
+                    detail=f"no disk of {self.registration.id} is called {name!r}; it has {known}",
                 )
             )
         if len(found) > 1:

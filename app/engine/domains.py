@@ -214,7 +214,7 @@ class DomainDirectory:
             await actor.run()
         except Exception as error:  # noqa: BLE001 - a defect in here must not take the domain's jobs with it
             self._shared.tasks.note_death(f"domain {actor.id}", error)
-            self._revive_later(actor, actor.registration)
+            self._revive_later(actor, actor.disks.registration)
 
     def _revive_later(self, actor: Actor, registration: Registration) -> None:
         if not self._stopping:
@@ -257,7 +257,7 @@ class DomainDirectory:
             gone = {
                 id_
                 for id_, actor in self.actors.items()
-                if actor.registration.discovered
+                if actor.disks.registration.discovered
                 and id_ not in found
                 and not actor.jobs
                 and now >= self._kept_until.get(id_, 0)
@@ -274,7 +274,7 @@ class DomainDirectory:
                     registration = Registration(id=id_, address=Address(unix=found[id_]), discovered=True)
                     actor = self._launch(registration, await self._unfinished_of(id_))
                     await self._shared.teller.tell(DomainEvent.ADDED, actor.view())
-                elif id_ not in found and actor is not None and actor.registration.discovered:
+                elif id_ not in found and actor is not None and actor.disks.registration.discovered:
                     if await self._has_images(id_):
                         self._kept_until[id_] = self._shared.clock.monotonic() + KEPT_S
                         return

@@ -19,6 +19,7 @@ from app.core.marks import mark_change
 from app.core.reconcile import leftovers, orphans, reconcile
 from app.core.states import WITH_QEMU, Command, DataState, EventType, Intent, OnReady, State
 from app.engine.connection import MonitorConnection
+from app.engine.disks import DomainDisks
 from app.engine.executor import Executor, LiveJob
 from app.engine.ports.driver import MonitorError, Runner
 from app.engine.ports.journal import IdempotencyKey, JobConflict, JournalError, NewJob
@@ -48,12 +49,15 @@ class DomainJobs:
         shared: Shared,
         connection: MonitorConnection,
         executor: Executor,
+        *,
+        disks: DomainDisks,
         jobs: tuple[Job, ...],
         wake: Callable[[], None],
     ) -> None:
         self.look_soon = False
         self._shared = shared
         self._connection = connection
+        self._disks = disks
         self._executor = executor
         self._wake = wake
         self._live = {job.id: LiveJob(job) for job in jobs}
@@ -153,8 +157,13 @@ class DomainJobs:
         if versions:
             shared, domain = self._shared, self._connection.domain
             uses = shared.known.unrecorded(domain, shared.clock.now())
-            await shared.journal.store(versions, uses=uses, marks=mark_change(before.data_state, versions[-1].job))
+            # Whoever starts the domain from its registration gets the image that has the guest's data.
+            moved = self._disks.moved(versions[-1].job)
+            marks = mark_change(before.data_state, versions[-1].job)
+            await shared.journal.store(versions, uses=uses, marks=marks, registration=moved)
             shared.known.recorded(uses)
+            if moved is not None:
+                self._disks.registration = moved
         for following, event in steps:
             self._shared.recovery.note(self._keep(following.job), event)
 

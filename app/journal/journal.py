@@ -168,7 +168,12 @@ class SqliteJournal:
         await self.write(work)
 
     async def store(
-        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+        self,
+        told: Sequence[StoredVersion],
+        *,
+        uses: DiskUses | None = None,
+        marks: MarkChange | None = None,
+        registration: Registration | None = None,
     ) -> None:
         """Store versions of jobs, in order, each with its event if it has one, and what they mean for images.
 
@@ -179,6 +184,8 @@ class SqliteJournal:
             writing.update(told)
             replace_uses(writing.connection, uses or {})
             change_marks(writing.connection, marks or MarkChange())
+            if registration is not None:
+                _keep(writing, registration)
 
         await self.write(work)
 
@@ -197,10 +204,7 @@ class SqliteJournal:
         """Keep a registration, in place of an earlier one of the same id; `told` is the data of `domain.added`."""
 
         def work(writing: Transaction) -> None:
-            writing.connection.execute(
-                "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-                (registration.id, encode_registration(registration)),
-            )
+            _keep(writing, registration)
             if told is not None:
                 writing.tell(DomainEvent.ADDED.value, domain=registration.id, disk=None, job_id=None, data=told)
 
@@ -334,3 +338,10 @@ class SqliteJournal:
         """The marks of these images, or of what may be one of them, oldest job first."""
         asked = tuple(images)
         return await self._look(lambda connection: marks_of(connection, asked))
+
+
+def _keep(writing: Transaction, registration: Registration) -> None:
+    writing.connection.execute(
+        "INSERT INTO domains (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+        (registration.id, encode_registration(registration)),
+    )

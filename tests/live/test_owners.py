@@ -230,3 +230,21 @@ def test_hard_links_and_other_names(service: Service, chain: Chain, tmp_path: Pa
     with Qemu(service.qmp_dir / "a.qmp", blockdev(chain)):
         service.wait_for_domain("a")
         refused(service, "b/vda", ACTIVE)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_registration_follows_a_pivot(service: Service, chain: Chain, tmp_path: Path, *, restarted: bool) -> None:
+    """Whoever starts the machine from what is registered gets the image that has its data, not the old overlay."""
+    socket = tmp_path / "a.sock"
+    disks = {"vda": {"image": str(chain.active)}, "vdb": {"image": str(tmp_path / "other.qcow2")}}
+    overlay_on(chain.images[0], tmp_path / "other.qcow2").unlink()
+    with Qemu(socket, blockdev(chain)) as qemu:
+        service.client.put("/domains/a", json={"qmp": {"unix": str(socket)}, "disks": disks})
+        service.wait_for_domain("a")
+        works(service, ACTIVE)
+        qemu.quit()
+    if restarted:
+        service.stop()
+        service.start()
+    service.wait_for_domain("a", "shutoff")
+    assert [layer["file"] for layer in service.disk("a")["chain"]] == [str(chain.images[0])]

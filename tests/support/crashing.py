@@ -28,7 +28,7 @@ from app.core.states import State
 from app.engine.ports.driver import Address, Driver, Runner
 from app.engine.ports.events import StoredEvent
 from app.engine.ports.images import Images
-from app.engine.ports.journal import Journal, NewJob
+from app.engine.ports.journal import Journal, NewJob, Registration
 from app.engine.ports.uses import DiskUses
 from app.engine.shared import Shared
 from app.engine.views import DomainView
@@ -153,11 +153,19 @@ class DyingJournal(Around):
         return jobs
 
     async def store(
-        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+        self,
+        told: Sequence[StoredVersion],
+        *,
+        uses: DiskUses | None = None,
+        marks: MarkChange | None = None,
+        registration: Registration | None = None,
     ) -> None:
         """As the journal's own; the points after an ended job's belong to nobody."""
         job = told[-1].job
-        await self._fuse.around(version_of(job), lambda: self._journal.store(told, uses=uses, marks=marks))
+        await self._fuse.around(
+            version_of(job),
+            lambda: self._journal.store(told, uses=uses, marks=marks, registration=registration),
+        )
         self._fuse.light(lit=not job.ended)
 
     def listen(self, publish: Callable[[Sequence[StoredEvent]], None]) -> None:

@@ -135,12 +135,17 @@ class Journal(ImageRecords, Protocol):
         ...
 
     async def store(
-        self, told: Sequence[StoredVersion], *, uses: DiskUses | None = None, marks: MarkChange | None = None
+        self,
+        told: Sequence[StoredVersion],
+        *,
+        uses: DiskUses | None = None,
+        marks: MarkChange | None = None,
+        registration: Registration | None = None,
     ) -> None:
         """Store versions of jobs, in order, each with its event if it has one.
 
-        What the change means for images is stored with it: `uses` in place of what was known of those disks, and
-        `marks`. The claims of a job end with the version that ends the job.
+        What the change means for images is stored with it: `uses` in place of what was known of those disks, `marks`,
+        and a `registration` in place of the one of its domain. The claims of a job end with the version that ends it.
         """
         ...
 
