@@ -127,7 +127,7 @@ async def running(
         workers = Workers()
         images = LocalImages(settings.image_roots, settings.qmp_timeout, workers=workers)
         shared = Shared(
-            drivers={"qmp": QmpDriver(settings.qmp_timeout, workers)},
+            drivers={"qmp": QmpDriver(settings.qmp_timeout, workers, journal)},
             journal=journal,
             images=images,
             clock=clock,

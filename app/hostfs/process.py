@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,12 @@ PIDFD_GETFD: Final = 438
 """The number of pidfd_getfd(2), for which Python has no function; it is the same on all of today's architectures."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def boot_id() -> str:
+    """What tells this boot of the host from every other one (random(4)); raises OSError."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def start_time(pid: int) -> int | None:

@@ -8,6 +8,7 @@ has a caller that waits for it, so there are as many as there are callers.
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -37,6 +38,9 @@ from app.journal.images import change_marks, every_use, marks_of, replace_uses
 from app.journal.pruning import prune, reckon
 from app.journal.reading import Reading
 from app.journal.writing import Transaction
+
+NAMED: Final = 4096
+"""Processes whose names of devices are kept."""
 
 CHECK_S: Final = 5.0
 """Seconds after which a journal that does not answer counts as one that can't be written."""
@@ -232,6 +236,22 @@ class SqliteJournal:
         """Set and end marks where no job changes."""
         await self.write(lambda writing: change_marks(writing.connection, change))
 
+    async def keep_names(self, process: str, names: Mapping[str, str]) -> None:
+        """Keep what the devices of a process are called; of the processes seen longest ago nothing is kept."""
+
+        def work(writing: Transaction) -> None:
+            writing.connection.execute(
+                "INSERT OR REPLACE INTO device_names (process, names, seen_at) VALUES (?, ?, ?)",
+                (process, json.dumps(names), self._clock.now()),
+            )
+            writing.connection.execute(
+                "DELETE FROM device_names WHERE process IN"
+                " (SELECT process FROM device_names ORDER BY seen_at DESC LIMIT -1 OFFSET ?)",
+                (NAMED,),
+            )
+
+        await self.write(work)
+
     async def prune(self, before: int) -> None:
         """Delete what is from before that time (ms since 1970): jobs that ended, with their events; events of domains.
 
@@ -329,6 +349,11 @@ class SqliteJournal:
     async def registrations(self) -> Sequence[Registration]:
         """The domains that were registered, by id."""
         return await self._told(self._reading.registrations())
+
+    async def names_of(self, process: str) -> Mapping[str, str]:
+        """What the devices of a process were called; empty where it was never seen."""
+        rows = await self.read("SELECT names FROM device_names WHERE process = :process", {"process": process})
+        return {str(device): str(name) for (text,) in rows for device, name in json.loads(text).items()}
 
     async def uses(self) -> Sequence[ImageUse]:
         """Every use of an image, by domain, disk and place."""

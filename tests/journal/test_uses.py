@@ -12,6 +12,7 @@ from app.core.images import Image, ImageUse, InvalidMark, InvalidReason
 from app.core.states import State
 from app.engine.ports.journal import Registration
 from app.engine.ports.uses import MarkChange
+from app.journal import journal as module
 from app.journal.journal import SqliteJournal
 from app.journal.writing import LostUpdate
 
@@ -164,3 +165,26 @@ def test_uses_are_recorded_while_others_write(tmp_path: Path) -> None:
         assert tuple(await journal.uses()) == readings[-1]
 
     run(tmp_path, story, SetClock())
+
+
+def test_names_of_devices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over restarts, for each process; of the processes seen longest ago nothing is kept."""
+    clock = SetClock()
+
+    async def keep(journal: SqliteJournal) -> None:
+        await journal.keep_names("a", {"x": "sda"})
+        await journal.keep_names("a", {"x": "sda", "y": "sdb"})
+        clock.time += 1
+        for number in range(5):
+            await journal.keep_names(f"b{number}", {})
+
+    async def look(journal: SqliteJournal) -> None:
+        assert await journal.names_of("a") == {"x": "sda", "y": "sdb"}
+        assert await journal.names_of("nobody") == {}
+        monkeypatch.setattr(module, "NAMED", 3)
+        await journal.keep_names("c", {"z": "vda"})
+        assert await journal.names_of("a") == {}
+        assert await journal.names_of("c") == {"z": "vda"}
+
+    run(tmp_path, keep, clock)
+    run(tmp_path, look, clock)

@@ -43,8 +43,9 @@ def unplug(qemu: Qemu, device: str) -> None:
     until(lambda: all(device not in (each.get("qdev") or "") for each in qemu.qmp("query-block")))
 
 
-def test_an_unplugged_disk_leaves_its_name(service: Service, boot: Boot, domain: str, folder: Path) -> None:
-    """A script that knows `sdb` goes on to mean the same disk, over the service's reconnects, too."""
+@pytest.mark.parametrize("how", ["put", "restarted", "killed"])
+def test_an_unplugged_disk_leaves_its_name(service: Service, boot: Boot, domain: str, folder: Path, how: str) -> None:
+    """A script that knows `sdb` goes on to mean the same disk, over the service's reconnects and restarts, too."""
     chains = {name: build_chain(folder / name, 2, size=4 * MIB) for name in ("one", "two", "three")}
     arguments = ["-device", "virtio-scsi-pci,id=bus"]
     for name, chain in chains.items():
@@ -58,7 +59,11 @@ def test_an_unplugged_disk_leaves_its_name(service: Service, boot: Boot, domain:
     assert service.commit(domain, "sda", flags=["active"]).json()["code"] == "disk-not-found"
     qemu.qmp("device_add", driver="scsi-hd", bus="bus.0", drive="three-1", id="three")
     assert names(service, domain) == {"two": "sdb", "three": "sdc"}
-    service.client.put(f"/domains/{domain}", json={"qmp": {"unix": str(qemu.monitor)}})
+    if how == "put":
+        service.client.put(f"/domains/{domain}", json={"qmp": {"unix": str(qemu.monitor)}})
+    else:
+        service.kill() if how == "killed" else service.stop()
+        service.start()
     service.wait_for_domain(domain)
     assert names(service, domain) == {"two": "sdb", "three": "sdc"}
     job = service.started(domain, "sdb", flags=["active"], on_ready="pivot")

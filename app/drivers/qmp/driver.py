@@ -12,8 +12,11 @@ from app.drivers.qmp import replies
 from app.drivers.qmp.checks import Query
 from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import QmpEvents
+from app.drivers.qmp.names import Names
 from app.drivers.qmp.runner import QmpRunner
-from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts
+from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuFacts, Unreachable
+from app.engine.ports.journal import JournalError
+from app.engine.ports.names import DeviceNames
 from app.hostfs.patience import Workers
 from app.hostfs.process import alive, start_time
 
@@ -49,13 +52,17 @@ PROCESSES: Final = 4096
 
 
 class QmpDriver:
-    """The `Driver` port; `timeout` is the most seconds that one command may take."""
+    """The `Driver` port; `timeout` is the most seconds that one command may take.
 
-    def __init__(self, timeout: float, workers: Workers | None = None) -> None:
+    `names` keeps the target names of devices over restarts; None: nobody does.
+    """
+
+    def __init__(self, timeout: float, workers: Workers | None = None, names: DeviceNames | None = None) -> None:
         self.capabilities = DriverCapabilities(kinds=frozenset(KINDS))
         self._timeout = timeout
         self._workers = workers or Workers()
-        self._names: dict[Process, dict[str, str]] = {}
+        self._kept = names
+        self._names: dict[Process, Names] = {}
 
     async def connect(self, address: Address, hint: Callable[[], None]) -> QmpRunner:
         """A connection to the monitor at `address`; raises `Unreachable`, `Busy` or `Unanswered`."""
@@ -64,17 +71,23 @@ class QmpDriver:
         try:
             commands = await connection.ask(replies.COMMANDS)
             facts = await _facts(connection, commands)
-            names = self._names_in(facts.process)
+            names = await self._names_in(facts.process)
             return QmpRunner(connection, facts, commands, events, names=names, workers=self._workers)
         except BaseException:
             await connection.close()
             raise
 
-    def _names_in(self, process: Process) -> dict[str, str]:
-        """The target names that the devices of this process have had, also over earlier connections."""
+    async def _names_in(self, process: Process) -> Names:
+        """The target names that the devices of this process have had, also over earlier connections and starts."""
         if process.pid is None or process.started is None:
-            return {}
-        names = self._names.pop(process, {})
+            return Names()
+        names = self._names.pop(process, None)
+        if names is None:
+            try:
+                names = await Names.load(process, self._kept)
+            except JournalError as error:
+                # Under new names a script would merge another disk than it means.
+                raise Unreachable(f"what its disks were called can't be read: {error}") from error
         while len(self._names) >= PROCESSES:
             del self._names[next(iter(self._names))]
         self._names[process] = names

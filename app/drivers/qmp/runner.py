@@ -21,6 +21,7 @@ from app.drivers.qmp import graph, replies
 from app.drivers.qmp.blocks import Node
 from app.drivers.qmp.connection import Connection
 from app.drivers.qmp.events import QmpEvents
+from app.drivers.qmp.names import Names
 from app.engine.ports.driver import Declined, QemuFacts
 from app.hostfs.identity import with_files
 from app.hostfs.patience import Overdue, Workers
@@ -47,7 +48,7 @@ class QmpRunner:
         commands: frozenset[str],
         events: QmpEvents,
         *,
-        names: dict[str, str],
+        names: Names,
         workers: Workers,
     ) -> None:
         self.facts = facts
@@ -148,6 +149,7 @@ class QmpRunner:
         unfinished, devices, stats = await asyncio.gather(self._read_nodes(), ask(replies.DEVICES), ask(replies.STATS))
         prefixes = {qdev: await self._prefix(qdev) for device in devices if (qdev := device.qdev)}
         graph.name_devices(devices, prefixes, self._names)
+        await self._names.keep()
         running = [job for job in unfinished if job.status not in ("concluded", "null")]
         block_graph = None
         if running and replies.GRAPH.command in self._commands:
