@@ -24,7 +24,7 @@ class SharedReads:
         if found is None:
             found = self._waiting[key] = _Read[T](lambda read: self._begun(key, read), begin)
         # A client that leaves takes nothing from the others.
-        return await asyncio.shield(found.task)
+        return await asyncio.shield(found.answer)
 
     def _begun(self, key: Hashable, read: _Read[Any]) -> None:
         if self._waiting.get(key) is read:
@@ -32,19 +32,31 @@ class SharedReads:
 
 
 class _Read(Generic[T]):
-    def __init__(self, begun: Callable[[_Read[T]], None], begin: Callable[[Callable[[], None]], Awaitable[T]]) -> None:
-        self._begun = begun
-        self.task = asyncio.ensure_future(self._do(begin))
-        self.task.add_done_callback(_retrieve)
+    """A read, whose answer is told by a future: an error is for those who ask, and no fault of the task."""
 
-    async def _do(self, begin: Callable[[Callable[[], None]], Awaitable[T]]) -> T:
+    def __init__(
+        self, begun: Callable[[_Read[T]], None], begin: Callable[[Callable[[], None]], Awaitable[T]]
+    ) -> None:
+        self._begun = begun
+        self.answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.answer.add_done_callback(_retrieve)
+        self._task = asyncio.create_task(self._do(begin))
+
+    async def _do(self, begin: Callable[[Callable[[], None]], Awaitable[T]]) -> None:
         try:
-            return await begin(lambda: self._begun(self))
+            found = await begin(lambda: self._begun(self))
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is waited for
+            self.answer.set_exception(error)
+        except BaseException:
+            self.answer.cancel()
+            raise
+        else:
+            self.answer.set_result(found)
         finally:
             self._begun(self)
 
 
-def _retrieve(task: asyncio.Task[Any]) -> None:
+def _retrieve(answer: asyncio.Future[Any]) -> None:
     """Look at an error for which nobody waits any more, so that nobody is warned of it."""
-    if not task.cancelled():
-        task.exception()
+    if not answer.cancelled():
+        answer.exception()

@@ -59,8 +59,8 @@ class Faults:
             (hazards.foreign_revert, 4, self._revert),
             (hazards.gone_sharers, 3, self._lose_sharer),
             (hazards.double_put, 2, self._put_twice),
-            (hazards.put_and_delete, 2, self._put_and_delete),
-            (hazards.delete_while_planning, 4, self._commit_and_delete),
+            (hazards.put_and_delete and not hazards.gone_sharers, 2, self._put_and_delete),
+            (hazards.delete_while_planning and not hazards.gone_sharers, 4, self._commit_and_delete),
             (hazards.read_streams, 2, self._stream),
             (hazards.long_hangs, 2, self._hang_long),
         ]
@@ -111,6 +111,9 @@ class Faults:
 
     def _delete(self) -> None:
         machine = self._machine()
+        if self._world.hazards.gone_sharers:
+            # Who has the service forget a machine that is off takes it upon himself that its base may be written to.
+            return
         self._clients.delete(machine.name)
         self._world.loop.call_later(self._seconds(10), self._clients.put, machine)
 
@@ -148,8 +151,6 @@ class Faults:
         machine = self._machine()
         self._world.stop(machine, kill=self._rng.random() < 0.5)
         machine.off = True
-        if self._rng.random() < 0.5:
-            self._clients.delete(machine.name)
 
     def _blip(self) -> None:
         qemu = self._machine().qemu

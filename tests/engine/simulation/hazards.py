@@ -58,7 +58,7 @@ class Hazards:
     foreign_pivot_crash: bool = True
     """Another client completes a job of the service, and QEMU may end before anybody has looked."""
     gone_sharers: bool = False
-    """A domain that uses another domain's base is shut off, or forgotten."""
+    """Domains share a base, and are shut off; nobody has the service forget one then."""
     long_hangs: bool = True
     """A QEMU is stopped for minutes; a call of the `Images` port takes minutes."""
 

@@ -12,7 +12,14 @@ from typing import Final
 
 from tests.engine.simulation.engine import Mutant
 from tests.engine.simulation.hazards import BOUNDS, NONE, Bounds, Hazards
-from tests.engine.simulation.mutants import GREEDY, HASTY, NODES_KEPT, UNFLUSHED, UNLOCKED
+from tests.engine.simulation.mutants import (
+    GREEDY,
+    HASTY,
+    NODES_KEPT,
+    UNFLUSHED,
+    UNLOCKED,
+    USES_FORGOTTEN,
+)
 from tests.engine.simulation.run import STEPS, Outcome, simulate
 
 
@@ -80,6 +87,13 @@ MUTANTS: Final = (
         seed=0,
         invariants=frozenset({"nodes_are_released"}),
         mutant=NODES_KEPT,
+    ),
+    Defect(
+        name="base-of-a-machine-that-is-off",
+        hazards=NONE.also("gone_sharers"),
+        seed=4,
+        invariants=frozenset({"guests_read_their_data"}),
+        mutant=USES_FORGOTTEN,
     ),
 )
 """Defects that the engine does not have, or has no more, each with the mutant that brings it back."""

@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
+from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
+from app.core.images import Image
 from app.core.job import Job
 from app.engine.actor import Actor
 from app.engine.domains import DomainDirectory
+from app.engine.known import ImageUser, KnownDisks
 from app.engine.ports.driver import Driver
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
@@ -110,3 +113,19 @@ GREEDY: Final = Mutant(directory=_Greedy)
 
 NODES_KEPT: Final = with_runner(conclude=_dismiss_only)
 """The nodes of merged layers stay in QEMU."""
+
+
+class _Forgetful(KnownDisks):
+    """What machines that are off use is forgotten."""
+
+    def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
+        """Another disk, of a machine that runs, that has the image."""
+        found = super().user_of(image, domain, disk)
+        return None if found is None or found.because else found
+
+
+def _forget(shared: Shared) -> None:
+    shared.known = _Forgetful(shared.images)
+
+
+USES_FORGOTTEN: Final = Mutant(wrap_ports=_forget)

@@ -23,6 +23,13 @@ def test_nothing_goes_wrong_in_some_runs() -> None:
         assert counts.get(what), f"nothing was simulated: {what} never happened"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_machines_that_share_a_base_and_are_off(seed: int) -> None:
+    """What a machine needs that is off is not written to, over restarts and whatever else goes wrong."""
+    outcome = simulate(seed, DEFAULT.also("gone_sharers"))
+    assert outcome.violation is None, outcome.report()
+
+
 @pytest.mark.parametrize("seed", [1, 7])
 def test_the_same_seed_gives_the_same_run(seed: int) -> None:
     """A run can be repeated: its trace is the same in every line."""
