@@ -38,11 +38,27 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """Which QEMU it is: another pid, start time (clock ticks since boot) or uuid is another process."""
+    """Which QEMU it is: another pid, start time (clock ticks since boot) or uuid is another process.
+
+    `view` is where pid and start time hold, as `machine/boot/pid namespace`; None in records of 0.1.
+    """
 
     pid: int | None
     started: int | None
     uuid: str | None
+    view: str | None = None
+
+
+def same_view(one: str | None, other: str | None) -> Sameness:
+    """Whether numbers of processes mean the same in both views.
+
+    OTHER: the machine was booted in between, so no process of the one is there in the other. What is not known, such as
+    the machine in a container, tells nothing.
+    """
+    if one is None or other is None or one == other:
+        return Sameness.SAME
+    (machine, boot, _), (other_machine, other_boot, _) = one.split("/"), other.split("/")
+    return Sameness.OTHER if machine and machine == other_machine and boot != other_boot else Sameness.UNKNOWN
 
 
 def same_process(one: Process | None, other: Process | None) -> Sameness:
@@ -52,8 +68,13 @@ def same_process(one: Process | None, other: Process | None) -> Sameness:
     """
     if one is None or other is None:
         return Sameness.UNKNOWN
-    pid, started, uuid = same(one.pid, other.pid), same(one.started, other.started), same(one.uuid, other.uuid)
-    if Sameness.OTHER in (pid, started, uuid):
+    view, uuid = same_view(one.view, other.view), same(one.uuid, other.uuid)
+    if Sameness.OTHER in (view, uuid):
+        return Sameness.OTHER
+    if view is Sameness.UNKNOWN:
+        return Sameness.UNKNOWN
+    pid, started = same(one.pid, other.pid), same(one.started, other.started)
+    if Sameness.OTHER in (pid, started):
         return Sameness.OTHER
     return Sameness.SAME if pid is started is Sameness.SAME else Sameness.UNKNOWN
 

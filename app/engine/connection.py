@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import Final
 
 from app.core.errors import Code, Problem, Refused
-from app.core.evidence import Process, same_process
+from app.core.evidence import Process, same_process, same_view
 from app.core.machine.inputs import Observed
 from app.core.plan import Guest
 from app.core.sameness import Sameness
@@ -193,6 +193,8 @@ class MonitorConnection:
         if self.is_gone(process):
             return True
         unknowable = process is None or process.pid is None or process.started is None
+        if process is not None and self.process is not None:
+            unknowable |= same_view(process.view, self.process.view) is Sameness.UNKNOWN
         return unknowable and self.runner is not None and self.is_another(process)
 
     def heard_to_the_end(self, runner: Runner, job_id: str) -> bool:

@@ -34,9 +34,7 @@ class SharedReads:
 class _Read(Generic[T]):
     """A read, whose answer is told by a future: an error is for those who ask, and no fault of the task."""
 
-    def __init__(
-        self, begun: Callable[[_Read[T]], None], begin: Callable[[Callable[[], None]], Awaitable[T]]
-    ) -> None:
+    def __init__(self, begun: Callable[[_Read[T]], None], begin: Callable[[Callable[[], None]], Awaitable[T]]) -> None:
         self._begun = begun
         self.answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.answer.add_done_callback(_retrieve)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from app.core.evidence import Process
-from app.hostfs.process import alive
+from app.hostfs.process import alive, pid_here
 
 CAP_DAC_OVERRIDE: Final = 1
 SETGROUPS: Final = {"x86_64": 116, "aarch64": 159}
@@ -42,12 +42,12 @@ class Rights:
 
 def rights_of(process: Process | None) -> Rights | None:
     """A process's rights to files; None where they can't be seen, or it has ended."""
-    if process is None or process.pid is None:
+    if process is None or pid_here(process) is None:
         return None
     try:
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid_here(process)}/status").read_text().splitlines()
         fields = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
-        own = Path("/proc/self/ns/user").readlink() == Path(f"/proc/{process.pid}/ns/user").readlink()
+        own = Path("/proc/self/ns/user").readlink() == Path(f"/proc/{pid_here(process)}/ns/user").readlink()
     except OSError:
         return None
     if alive(process) is not True:

@@ -17,7 +17,7 @@ from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts, meaning
 from app.hostfs import qcow2
 from app.hostfs.identity import identity_of
-from app.hostfs.process import folder_of, opened_path
+from app.hostfs.process import folder_of, opened_path, pid_here
 from app.hostfs.roots import Roots
 
 HEADER: Final = 65536
@@ -53,11 +53,11 @@ def header_facts(
     for name in names:
         means = meaning(name, overlay=overlay, folder=folder)
         named[name] = None if means is None or means.path is None else identity_of(means.path, process)
-    return HeaderFacts(named=named, room=room, folder=folder, seen=process is None or process.pid is not None)
+    return HeaderFacts(named=named, room=room, folder=folder, seen=process is None or pid_here(process) is not None)
 
 
 def _folder(process: Process | None) -> str | None:
-    return None if process is None or process.pid is None else folder_of(process)
+    return None if process is None or pid_here(process) is None else folder_of(process)
 
 
 def sync(path: str, identity: Identity, process: Process | None, roots: Roots) -> bool:

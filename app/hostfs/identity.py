@@ -15,7 +15,7 @@ from app.core.evidence import Process
 from app.core.images import Image
 from app.hostfs.locks import locked_files
 from app.hostfs.opening import born_at
-from app.hostfs.process import as_seen_by, has_unlinked, names_of_open_files, open_files, opened_path
+from app.hostfs.process import as_seen_by, has_unlinked, names_of_open_files, open_files, opened_path, pid_here
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -105,7 +105,7 @@ class _Held:
     def of(cls, process: Process | None) -> _Held:
         if process is None:
             return cls(None, certain=False)
-        held = open_files(process) if process.pid is not None else None
+        held = open_files(process) if pid_here(process) is not None else None
         return cls(locked_files(), certain=False) if held is None else cls(held, certain=True)
 
     def __contains__(self, identity: Identity) -> bool:
@@ -140,7 +140,7 @@ def _is_temporary(file: str, process: Process | None) -> bool:
     """
     if not file.startswith("/"):
         return False
-    unlinked = None if process is None or process.pid is None else has_unlinked(process, file)
+    unlinked = None if process is None or pid_here(process) is None else has_unlinked(process, file)
     if unlinked is not None:
         return unlinked
     return posixpath.basename(file).startswith(TEMPORARY) and not os.path.lexists(as_seen_by(file, process))

@@ -12,7 +12,7 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.evidence import Process
-from app.hostfs.process import alive, borrowed, stat_of
+from app.hostfs.process import alive, borrowed, pid_here, stat_of
 
 WRITE: Final = 101
 UNSHARED_WRITE: Final = 201
@@ -37,7 +37,7 @@ def locked_by_another(path: str, process: Process | None) -> bool:
     The kernel names no holder of such a lock, so the locks that `process` holds are taken off those there are.
     Where that can't be counted the answer is no, as QEMU's own open decides in the end.
     """
-    if process is not None and process.pid is None:
+    if process is not None and pid_here(process) is None:
         # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
         return False
     with suppress(OSError):
@@ -107,7 +107,7 @@ def _seems_locked(file: os.stat_result, process: Process | None) -> bool:
 
 def _locks_of(process: Process, inode: str) -> int:
     count = 0
-    for info in Path(f"/proc/{process.pid}/fdinfo").iterdir():
+    for info in Path(f"/proc/{pid_here(process)}/fdinfo").iterdir():
         with suppress(OSError):
             count += _count(info.read_text(), inode)
     return count

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from app.core.chain import Identity
-from app.core.evidence import Process
+from app.core.evidence import Process, same_view
+from app.core.sameness import Sameness
 from app.hostfs.opening import seen_from
 
 PIDFD_GETFD: Final = 438
@@ -25,6 +26,23 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 def boot_id() -> str:
     """What tells this boot of the host from every other one (random(4)); raises OSError."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+@cache
+def own_view() -> str:
+    """Where the numbers of processes hold that this service sees; raises OSError."""
+    try:
+        machine = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        machine = ""
+    return f"{machine.replace('/', '')}/{boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def pid_here(process: Process | None) -> int | None:
+    """The process's pid, as this service sees processes; None where it can't be seen from here."""
+    if process is None or same_view(process.view, own_view()) is not Sameness.SAME:
+        return None
+    return process.pid
 
 
 def start_time(pid: int) -> int | None:
@@ -46,19 +64,23 @@ def is_stopped(pid: int) -> bool:
 def alive(process: Process) -> bool | None:
     """Whether that very process still runs; None where it can't be seen from here. A zombie has ended.
 
-    An error while looking (no descriptor left, no right to look) says nothing of the process.
+    An error while looking (no descriptor left, no right to look) says nothing of the process, and neither does a number
+    that holds in another pid namespace.
     """
-    if process.pid is None or process.started is None:
+    if same_view(process.view, own_view()) is Sameness.OTHER:
+        return False
+    pid = pid_here(process)
+    if pid is None or process.started is None:
         return None
     try:
-        fields = _stat(process.pid)
+        fields = _stat(pid)
     except OSError:
         return None
     if fields is not None:
         return fields[0] not in ("Z", "X") and int(fields[19]) == process.started
     try:
         # A /proc that is mounted with hidepid shows others' processes as if they were not there.
-        os.kill(process.pid, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
@@ -109,9 +131,10 @@ def opened_path(path: str, process: Process | None) -> Generator[int]:
 
 def _other_root(process: Process | None) -> str | None:
     """Where the process's root is, if its paths lead elsewhere than the service's own."""
-    if process is None or process.pid is None:
+    pid = pid_here(process)
+    if process is None or pid is None:
         return None
-    there = f"/proc/{process.pid}"
+    there = f"/proc/{pid}"
     with suppress(OSError):
         same_root = os.path.samestat(os.stat(f"{there}/root"), os.stat("/"))
         same_mounts = os.readlink(f"{there}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
@@ -125,7 +148,7 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     """The identities of the files that the process has open, none if it has ended; None where that can't be seen."""
     found: set[Identity] | None = None
     with suppress(OSError):
-        files = list(os.scandir(f"/proc/{process.pid}/fd"))
+        files = list(os.scandir(f"/proc/{pid_here(process)}/fd"))
         seen: set[Identity] = set()
         for file in files:
             try:
@@ -147,7 +170,7 @@ def names_of_open_files(process: Process) -> Mapping[Identity, str]:
     """
     found: dict[Identity, str] = {}
     with suppress(OSError):
-        for file in list(os.scandir(f"/proc/{process.pid}/fd")):
+        for file in list(os.scandir(f"/proc/{pid_here(process)}/fd")):
             with suppress(OSError):
                 status, name = file.stat(), os.readlink(file.path)
                 if name.startswith("/") and status.st_nlink:
@@ -158,7 +181,7 @@ def names_of_open_files(process: Process) -> Mapping[Identity, str]:
 def has_unlinked(process: Process, path: str) -> bool | None:
     """Whether the process has a file open that was called `path` and has no name any more; None: it can't be seen."""
     try:
-        files = list(os.scandir(f"/proc/{process.pid}/fd"))
+        files = list(os.scandir(f"/proc/{pid_here(process)}/fd"))
     except OSError:
         return None
     for file in files:
@@ -174,14 +197,15 @@ def borrowed(process: Process, wanted: Identity) -> Generator[int]:
 
     Raises OSError where the process has no such file open, or lets nobody have it (ptrace(2), "access mode checking").
     """
-    if process.pid is None:
+    pid = pid_here(process)
+    if pid is None:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-    pidfd = os.pidfd_open(process.pid)
+    pidfd = os.pidfd_open(pid)
     try:
         # Asked now: the process that is held here can't give its pid to another one.
         if not alive(process):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        file = _duplicate(pidfd, _number_of(process.pid, wanted))
+        file = _duplicate(pidfd, _number_of(pid, wanted))
     finally:
         os.close(pidfd)
     try:
@@ -239,5 +263,5 @@ def place_of(file: int) -> str:
 def folder_of(process: Process) -> str | None:
     """The process's working directory, which its relative paths start from; None where it can't be seen."""
     with suppress(OSError):
-        return os.readlink(f"/proc/{process.pid}/cwd")
+        return os.readlink(f"/proc/{pid_here(process)}/cwd")
     return None

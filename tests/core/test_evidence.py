@@ -31,3 +31,17 @@ def test_which_process_is_the_same(other: Process | None, sameness: Sameness) ->
     """
     assert same_process(PROCESS, other) is sameness
     assert same_process(other, PROCESS) is sameness
+
+
+def test_numbers_hold_in_one_view_only() -> None:
+    """A pid means something else in another pid namespace; after a boot of the same machine no process is left."""
+    here = replace(PROCESS, view="machine/boot/1")
+    assert same_process(here, here) is Sameness.SAME
+    assert same_process(here, replace(PROCESS, view=None)) is Sameness.SAME
+    elsewhere = replace(PROCESS, pid=7, view="machine/boot/2")
+    assert same_process(here, elsewhere) is Sameness.UNKNOWN
+    assert same_process(here, replace(elsewhere, uuid="another")) is Sameness.OTHER
+    assert same_process(here, replace(PROCESS, view="machine/next boot/1")) is Sameness.OTHER
+    for machine in ("another machine", ""):
+        assert same_process(here, replace(PROCESS, view=f"{machine}/next boot/1")) is Sameness.UNKNOWN
+    assert same_process(replace(here, view="/boot/1"), replace(here, view="/next boot/1")) is Sameness.UNKNOWN

@@ -1076,3 +1076,16 @@ def test_a_clock_that_is_set_back_ends_no_job_before_it_began() -> None:
     ended = step(job, Abort(force=False), 5).job
     assert ended.ended
     assert ended.finished_at == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("proof", "state"),
+    [(Proof.UNCHANGED, State.COMPLETED), (Proof.MERGED, State.LOST), (Proof.UNKNOWN, State.LOST)],
+)
+def test_a_keep_that_another_client_has_ended_before_ready_was_seen(proof: Proof, state: State) -> None:
+    """A gentle cancel at ready is what was asked for; a pivot is not, and nobody is told that the overlay was kept."""
+    story = started(active_job(on_ready=OnReady.KEEP))
+    story.on(seen("concluded"))
+    story.on(shows(proof))
+    assert story.job.control.judgement is not None
+    assert story.job.control.judgement.state is state

@@ -423,10 +423,10 @@ def test_hints_tell_that_something_happened(path: Path, qemu: Qemu) -> None:
 
 
 def test_a_huge_reply(path: Path) -> None:
-    """A reply of 20 MiB is read whole, and the connection goes on to serve."""
+    """A reply of 12 MiB is read whole, and the connection goes on to serve."""
 
     def answers(command: str) -> object:
-        return {"running": True, "status": "x" * (20 * MIB)} if command == "query-status" else ...
+        return {"running": True, "status": "x" * (12 * MIB)} if command == "query-status" else ...
 
     async def story() -> None:
         async with pretender(path, like_qemu(answers)), connected(path) as monitor:

@@ -204,3 +204,27 @@ def test_finished_by_others_below_the_active_layer(service: Service, chain: Chai
         assert ended["result"]["deleted"] == []
         assert len(ended["result"]["not_deleted"]) == 2
     assert_same(read_image(chain.active), chain.view)
+
+
+@pytest.mark.parametrize("apart_first", [False, True])
+def test_a_service_that_moves_between_namespaces(tmp_path: Path, chain: Chain, *, apart_first: bool) -> None:
+    """From the host into a container, or back: a pid of before says nothing there, and the job is watched on."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a pid namespace takes root")
+    apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    within = apart if apart_first else ()
+    with Service(tmp_path / "service", within=within) as service, machine(service, chain) as qemu:
+        job = service.started("vm", **SLOW)
+        until(lambda: service.job(job["id"])["progress"]["current"] > 0)
+        service.kill()
+        service.within = () if apart_first else apart
+        service.start()
+        service.wait_for_domain("vm")
+        time.sleep(1.5)
+        assert service.job(job["id"])["state"] == "running"
+        assert service.client.patch(f"/jobs/{job['id']}", json={"bandwidth": 0}).status_code == 200
+        service.wait_for_job(job["id"], "ready")
+        assert service.client.delete(f"/jobs/{job['id']}").status_code == 202
+        assert service.wait_for_job(job["id"], "canceled")["data_state"] == "base-modified"
+        qemu.quit()
+    assert_same(read_image(chain.active), chain.view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -99,7 +100,7 @@ class Service:
     def _terminate(self) -> None:
         assert self.process is not None
         pid = self.process.pid
-        if self.within and (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        if self.within and (children := self._children()):
             # What it runs in waits for the service, and takes no signals for it.
             pid = int(children[0])
         os.kill(pid, signal.SIGTERM)
@@ -107,9 +108,19 @@ class Service:
     def kill(self) -> None:
         """SIGKILL."""
         assert self.process is not None
+        ends = [os.pidfd_open(int(child)) for child in self._children()] if self.within else []
         self.process.kill()
         self.process.wait()
         self.process = None
+        for end in ends:
+            # What it has run in has ended before it.
+            select.select([end], [], [], 10)
+            os.close(end)
+
+    def _children(self) -> list[str]:
+        assert self.process is not None
+        pid = self.process.pid
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
     def log(self) -> str:
         """What it has written to its log."""

@@ -251,11 +251,13 @@ def gathered(job: Job, event: Input, _now: int) -> Step:
     if control.judgement is not None:
         # Judged already, and the tidying may have changed the chain since.
         return Step(job)
+    # Another client may have ended it at ready before anybody here has seen that it was.
+    unseen = job.on_ready is OnReady.KEEP and control.intent is Intent.RUN
     evidence = replace(
         event.evidence,
         verdict=control.verdict,
         verdict_error=control.verdict_error,
-        intent=control.intent,
+        intent=Intent.KEEP if unseen and control.verdict is not Verdict.GONE else control.intent,
         pivot_asked=control.pivot_asked,
     )
     judgement = kind_of(job.spec).judge(job.spec, evidence)

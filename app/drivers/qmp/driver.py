@@ -18,7 +18,7 @@ from app.engine.ports.driver import Address, Declined, DriverCapabilities, QemuF
 from app.engine.ports.journal import JournalError
 from app.engine.ports.names import DeviceNames
 from app.hostfs.patience import Workers
-from app.hostfs.process import alive, start_time
+from app.hostfs.process import alive, own_view, start_time
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ async def _facts(connection: Connection, commands: frozenset[str]) -> QemuFacts:
         name=await _ask(connection, replies.NAME),
         uuid=uuid,
         version=str(connection.version),
-        process=Process(pid=pid, started=start_time(pid) if pid else None, uuid=uuid),
+        process=Process(pid=pid, started=start_time(pid) if pid else None, uuid=uuid, view=own_view()),
         managed_by="libvirt" if await _is_libvirts(connection) else None,
         missing=tuple(command for command in NEEDED if command not in commands),
     )

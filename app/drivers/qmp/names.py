@@ -9,7 +9,6 @@ import structlog
 from app.core.evidence import Process
 from app.engine.ports.journal import JournalError
 from app.engine.ports.names import DeviceNames
-from app.hostfs.process import boot_id
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +25,7 @@ class Names(dict[str, str]):
     @classmethod
     async def load(cls, process: Process, place: DeviceNames | None) -> Self:
         """The names that the devices of a process have had so far; raises `JournalError`."""
-        names = cls(f"{boot_id()} {process.pid} {process.started}", place)
+        names = cls(f"{process.view} {process.pid} {process.started}", place)
         if place is not None:
             names.update(await place.names_of(names._process))
         names._kept = len(names)
