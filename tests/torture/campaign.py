@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.torture.plan import How, plan_round
+from tests.torture.plan import Hand, How, plan_round
 from tests.torture.rounds import Rounds
 from tests.torture.stage import Stage
 
@@ -50,6 +50,7 @@ def campaign(seed: int, rounds: int, *, first: int = 1) -> Outcome:
             violations += 1
             _say(f"  - at the end: {trouble}")
     _table("faults", {how.value: stage.counts[how.value] for how in How})
+    _table("other clients", {hand.value: stage.counts[hand.value] for hand in Hand})
     _table("moments hit", stage.moments)
     _table("answers to requests", played.answers)
     _table("outcomes", played.outcomes)
@@ -60,6 +61,10 @@ def campaign(seed: int, rounds: int, *, first: int = 1) -> Outcome:
             "seed": seed,
             "faults": sum(stage.counts[how.value] for how in How),
             "restarts of the service": stage.counts["restarts of the service"],
+            "starts that were killed": stage.counts["starts that were killed"],
+            "domains over TCP": stage.counts["over TCP"],
+            "domains with a neighbour on their base": stage.counts["with a neighbour"],
+            "rounds without a view of processes": stage.counts["without a view"],
             "returns of the subscriber": stage.subscriber.returns,
             "requests": sum(played.answers.values()),
             "jobs": sum(played.outcomes.values()),

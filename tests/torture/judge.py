@@ -59,7 +59,7 @@ def judge(record: Record) -> list[str]:
         *_judge_requests(record.requests, record.jobs, record.histories),
         *_judge_replies([*record.replies]),
         *_judge_stream(record),
-        *(found for job in record.jobs for found in _judge_job(job, record.histories.get(job["id"], []))),
+        *(found for job in record.jobs for found in _judge_job(job, record)),
         *(found for end in record.ends for found in _judge_domain(end, record)),
     ]
 
@@ -124,7 +124,9 @@ def _judge_stream(record: Record) -> Iterator[str]:
             yield f"{job['id']}: the stream and the history are not the same"
 
 
-def _judge_job(job: JSON, history: Sequence[JSON]) -> Iterator[str]:
+def _judge_job(job: JSON, record: Record) -> Iterator[str]:
+    history = record.histories.get(job["id"], [])
+    meddled = any(end.meddled for end in record.ends if job["id"] in end.jobs)
     types = [event["type"] for event in history]
     for before, after in zip(["", *types], types, strict=False):
         if after not in NEXT.get(before, ()):
@@ -139,30 +141,34 @@ def _judge_job(job: JSON, history: Sequence[JSON]) -> Iterator[str]:
     if history and history[-1]["data"] != job:
         yield f"{job['id']}: its last event does not show what it is"
     if job["state"] == "completed":
-        needed = {"commit": ["job.started"], "active-commit": ["job.started", "job.ready"]}[job["type"]]
+        # Another client may complete a job before the service has seen that it is ready.
+        ready = ["job.ready"] if job["type"] == "active-commit" and not meddled else []
+        needed = ["job.started", *ready]
         if missing := [type_ for type_ in needed if type_ not in types]:
             yield f"{job['id']}: completed without {missing}"
     if job["state"] in ("failed", "lost") and job["error"] is None:
         yield f"{job['id']}: {job['state']} without an error"
 
 
-def chains_after(chain: Chain, jobs: Sequence[JSON]) -> list[Chain]:
+def chains_after(chain: Chain, jobs: Sequence[JSON], *, meddled: bool = False) -> list[Chain]:
     """The chains that the ended jobs allow for, given the one before them, and the jobs' order.
 
     Only a lost job allows for two. A completed one whose layers are not there to be merged allows for none.
+    `meddled`: another client may have had a lost job pivot that was to keep its overlay.
     """
-    return chains_after_all([chain], jobs)
+    return chains_after_all([chain], jobs, meddled=meddled)
 
 
-def chains_after_all(chains: Sequence[Chain], jobs: Sequence[JSON]) -> list[Chain]:
+def chains_after_all(chains: Sequence[Chain], jobs: Sequence[JSON], *, meddled: bool = False) -> list[Chain]:
     """As `chains_after`, where several chains are possible before."""
     possible = list(chains)
     for job in jobs:
         following: list[Chain] = []
+        may_merge = merges(job) or (meddled and job["state"] == "lost")
         for before in possible:
             if job["state"] != "completed" or not merges(job):
                 following.append(before)
-            if merges(job) and job["state"] in ("completed", "lost") and job["top"] in before and job["base"] in before:
+            if may_merge and job["state"] in ("completed", "lost") and job["top"] in before and job["base"] in before:
                 top, base = before.index(job["top"]), before.index(job["base"])
                 following.append(before[:top] + before[base:])
         possible = following
@@ -181,12 +187,12 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
     yield from (f"{job_id}: it was run {times} times" for job_id, times in end.runs.items() if times > 1)
     if end.graph != end.headers:
         yield f"{end.name}: QEMU has the chain {end.graph}, the headers {end.headers}"
-    allowed = chains_after(end.images, jobs)
+    allowed = chains_after(end.images, jobs, meddled=end.meddled)
     if end.graph not in allowed:
         yield f"{end.name}: the chain is {end.graph}, the jobs allow for {allowed}"
     before = [end.images]
     for job in jobs:
-        after = chains_after_all(before, [job])
+        after = chains_after_all(before, [job], meddled=end.meddled)
         yield from _judge_result(end, job, before, after)
         if job["state"] == "lost" and not _may_be_lost(job, end):
             yield f"{job['id']}: lost although its outcome can be proven"
@@ -203,10 +209,12 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
 def _may_be_lost(job: JSON, end: DomainEnd) -> bool:
     """Whether nothing can tell how the job ended.
 
-    A merge of the active layer writes no header: where QEMU has ended, and nobody has heard it to its end, the images
-    don't tell whether it has pivoted.
+    A merge of the active layer writes no header: where QEMU has ended, and nobody has heard it to its end, or another
+    client has taken the job away, the images don't tell whether it has pivoted. Below the active layer the header
+    tells, unless the service does not see whose it is.
     """
-    return end.qemu_ended and job["type"] == "active-commit"
+    unsure = end.qemu_ended or end.meddled
+    return unsure and (job["type"] == "active-commit" or end.blind)
 
 
 def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Sequence[Chain]) -> Iterator[str]:
@@ -221,7 +229,8 @@ def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Seq
     if job["state"] == "completed" and "delete" in job["flags"]:
         deletes = next((c[c.index(job["top"]) : c.index(job["base"])] for c in before if job["top"] in c), ())
     kept = result["not_deleted"]
-    # Where QEMU has ended, nobody can say whether the base is whole on the disk, or what QEMU may delete.
-    left = {each["file"] for each in kept} if end.qemu_ended else set[str]()
+    # Where QEMU has ended or can't be seen, or another client has ended the job, nobody can say whether the base is
+    # whole on the disk, or what QEMU may delete.
+    left = {each["file"] for each in kept} if end.qemu_ended or end.meddled or end.blind else set[str]()
     if sorted(result["deleted"]) != sorted(file for file in deletes if file not in left):
         yield f"{job['id']}: deleted {result['deleted']} (kept {kept}) where {list(deletes)} were to be"

@@ -22,8 +22,9 @@ from tests.support.chains import (
     write_guest,
 )
 from tests.support.qemu import Qemu, QmpError
+from tests.torture.hands import Done, Neighbour, free_port, meddle
 from tests.torture.judge import chains_after
-from tests.torture.plan import Ask, Await, DomainPlan, Fault, How, Kind, Revive, Steer, Write
+from tests.torture.plan import Ask, Await, DomainPlan, Fault, How, Kind, Meddle, Revive, Steer, Step, Write
 from tests.torture.records import DomainEnd, Reply, Request
 from tests.torture.sockets import cut
 from tests.torture.stage import Stage
@@ -59,6 +60,7 @@ class Machine:
         self.runs: Counter[str] = Counter()
         self.troubles: list[str] = []
         self.qemu_ended = False
+        self.meddled = False
         self._stage = stage
         folder = stage.folder / plan.name
         folder.mkdir()
@@ -71,14 +73,27 @@ class Machine:
         self._may_have_pivoted = False
         self._stopped = False
         self._asking: list[threading.Thread] = []
+        self._neighbour = Neighbour(stage, self.chain.images[0], plan.name) if plan.shared else None
+        self._port = free_port() if plan.tcp else 0
         self.qemu: Qemu = self._boot(slow=plan.slow)
+        if plan.tcp:
+            stage.register(plan.name, {"qmp": {"tcp": f"127.0.0.1:{self._port}"}})
 
     def _boot(self, *, slow: int = 0) -> Qemu:
+        arguments = blockdev(self._left, slow_base=bool(slow))
         monitor = self._stage.service.qmp_dir / f"{self.plan.name}.qmp"
-        qemu = Qemu(monitor, blockdev(self._left, slow_base=bool(slow)))
+        if self._port:
+            monitor = self.folder / "own.qmp"
+            arguments += ["-qmp", f"tcp:127.0.0.1:{self._port},server=on,wait=off"]
+        qemu = Qemu(monitor, arguments)
         if slow:
             slow_down(qemu, slow)
         return qemu
+
+    @property
+    def _blind(self) -> bool:
+        """Whether the service can't know that a QEMU has ended before another one answers in its place."""
+        return self._stage.blind or self.plan.tcp
 
     def note(self, what: str) -> None:
         """Keep what was done."""
@@ -90,26 +105,31 @@ class Machine:
         """Do the plan, each step in its time."""
         try:
             for step in self.plan.steps:
-                if isinstance(step, Fault) and step.aim is not None:
+                if isinstance(step, Fault | Meddle) and step.aim is not None:
                     self._stage.wait_for_state(self.plan.name, step.aim, AIM)
                 time.sleep(step.after)
-                match step:
-                    case Ask():
-                        self._ask(step)
-                    case Steer():
-                        self._later(lambda step=step: self._steer(step))
-                    case Write():
-                        self._write(step)
-                    case Fault():
-                        self._fault(step)
-                    case Revive():
-                        self._revive()
-                    case Await():
-                        self._await(step.seconds)
+                self._do_step(step)
         except Exception as error:  # noqa: BLE001 - it is told with the round's other troubles
             self.troubles.append(f"the test itself failed: {error!r}")
         finally:
             self.join()
+
+    def _do_step(self, step: Step) -> None:
+        match step:
+            case Ask():
+                self._ask(step)
+            case Steer():
+                self._later(lambda step=step: self._steer(step))
+            case Write():
+                self._write(step)
+            case Fault():
+                self._fault(step)
+            case Meddle():
+                self._meddle(step)
+            case Revive():
+                self._revive()
+            case Await():
+                self._await(step.seconds)
 
     def join(self) -> None:
         """Wait for the answers to what was asked."""
@@ -191,6 +211,8 @@ class Machine:
         self._stage.count(fault.how.value, self._stage.states(self.plan.name))
         self.note(fault.how.value)
         match fault.how:
+            case How.CUT if self._port:
+                self.note("over TCP: not cut")
             case How.CUT:
                 cut(self.qemu.pid, self.qemu.monitor)
             case How.QEMU_STOP:
@@ -208,6 +230,15 @@ class Machine:
                 self.qemu_ended = True
                 self._count_runs()
                 self.qemu.kill()
+
+    def _meddle(self, step: Meddle) -> None:
+        if self._stopped or not self.running:
+            return
+        done = meddle(self.qemu, step.hand)
+        self.note(f"another client's {step.hand}: {done}")
+        if done is Done.TAKEN:
+            self._stage.count(step.hand.value, self._stage.states(self.plan.name))
+            self.meddled = self._may_have_pivoted = True
 
     def _count_runs(self) -> None:
         """How often each job has begun in this QEMU, by the events that it has sent to the test's own monitor."""
@@ -248,9 +279,9 @@ class Machine:
             return
         self.join()
         if self._may_have_pivoted:
-            # Which image is the active layer is for the job to say.
+            # Which image is the active layer is for the job to say, unless the service waits for another QEMU itself.
             deadline = time.monotonic() + PATIENCE
-            while left := [job for job in self._unfinished() if job["state"] != "queued"]:
+            while not self._blind and (left := [job for job in self._unfinished() if job["state"] != "queued"]):
                 if time.monotonic() > deadline:
                     self.troubles.append(f"QEMU has ended, and its jobs have not: {left}")
                     break
@@ -272,8 +303,8 @@ class Machine:
     def _tops(self, jobs: list[JSON]) -> list[str]:
         if not self._may_have_pivoted:
             return [str(self._left.active)]
-        ended = [job for job in jobs if job["finished_at"] is not None]
-        return [chain[0] for chain in chains_after(self.images, ended)]
+        ended = [job if job["finished_at"] is not None else job | {"state": "lost"} for job in jobs]
+        return [chain[0] for chain in chains_after(self.images, ended, meddled=self.meddled)]
 
     def _chain_of(self, top: Path) -> Chain:
         images = [Path(file) for file in header_chain(top)][::-1]
@@ -323,6 +354,8 @@ class Machine:
             in_qemu=tuple(job["id"] for job in self._settled_jobs()),
             runs=dict(self.runs),
             qemu_ended=self.qemu_ended,
+            meddled=self.meddled,
+            blind=self._blind,
         )
         self._compare(graph[0])
         return end
@@ -351,6 +384,8 @@ class Machine:
 
     def rerun(self) -> DomainEnd:
         """Another merge of all that is left just works; all images are sound, and the base holds every byte."""
+        if self._neighbour is not None and (wrong := self._neighbour.leave()):
+            self.troubles.append(wrong)
         client, graph = self._stage.client, self._graph()
         if len(graph) > 1:
             deadline = time.monotonic() + PATIENCE
@@ -371,6 +406,8 @@ class Machine:
                 self.troubles.append(f"after all, a merge did not work: {status} {answer} {job}")
         end = self.inspect()
         self.qemu.quit()
+        if self.plan.tcp:
+            self._stage.forget(self.plan.name)
         self._compare(end.graph[0])
         for file in self.images:
             if Path(file).exists() and (problem := check(file)):
@@ -380,6 +417,8 @@ class Machine:
     def close(self) -> None:
         """Leave nothing of it."""
         self.qemu.__exit__(None, None, None)
+        if self._neighbour is not None:
+            self._neighbour.close()
         for image in self.chain.images:
             image.unlink(missing_ok=True)
         with suppress(OSError):

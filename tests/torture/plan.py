@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -78,11 +78,37 @@ class Fault:
     """Do something bad; `hold` is the seconds until the service or a stopped QEMU goes on.
 
     `aim` is a state to wait for, a short time at most, that a job of the domain is to be in; `after` counts from then.
+    `starts` are how long starts of the service last that are killed before the one that counts; that one is in a pid
+    namespace of its own if `apart` is set.
     """
 
     after: float
     how: How
     hold: float
+    aim: str | None = None
+    starts: tuple[float, ...] = ()
+    apart: bool = False
+
+
+class Hand(StrEnum):
+    """What another client of QEMU does to a job of the service."""
+
+    CANCEL = "job-cancel"
+    CANCEL_GENTLY = "block-job-cancel"
+    COMPLETE = "job-complete"
+    PAUSE = "job-pause"
+    RESUME = "job-resume"
+    FINALIZE = "job-finalize"
+    DISMISS = "job-dismiss"
+    SPEED = "block-job-set-speed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meddle:
+    """Another client does something to the domain's job in QEMU; `aim` as in `Fault`."""
+
+    after: float
+    hand: Hand
     aim: str | None = None
 
 
@@ -101,15 +127,21 @@ class Await:
     after: float = 0.0
 
 
-Step = Ask | Steer | Write | Fault | Revive | Await
+Step = Ask | Steer | Write | Fault | Meddle | Revive | Await
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainPlan:
-    """The steps of one domain; `slow` is the most bytes/s that its base takes (0: no limit)."""
+    """The steps of one domain; `slow` is the most bytes/s that its base takes (0: no limit).
+
+    `tcp`: its monitor is reached over TCP, so that nothing is seen of its process. `shared`: another domain, which is
+    off, has an overlay on its base.
+    """
 
     name: str
     slow: int
+    tcp: bool
+    shared: bool
     pivots_at_end: bool
     steps: tuple[Step, ...]
 
@@ -167,9 +199,14 @@ def plan_round(seed: int, number: int) -> RoundPlan:
         job.insert(place, Fault(after=_moment(chance), how=how, hold=hold, aim=aim))
         if how.ends_qemu and chance.random() < 0.6:
             job.insert(place + 1, Revive(after=_moment(chance)))
+    more = random.Random(f"{seed}/{number}/others")
+    for draft in drafts:
+        draft.jobs = [_with_others(more, job) for job in draft.jobs]
     domains = tuple(
         DomainPlan(
             name=draft.name,
+            tcp=more.random() < 0.2,
+            shared=more.random() < 0.25,
             slow=chance.choice((0, 0, 8 << 20, 24 << 20)),
             pivots_at_end=chance.random() < 0.5,
             steps=tuple(step for job in draft.jobs for step in job),
@@ -177,6 +214,23 @@ def plan_round(seed: int, number: int) -> RoundPlan:
         for draft in drafts
     )
     return RoundPlan(number=number, domains=domains)
+
+
+def _restless(chance: random.Random, step: Step) -> Step:
+    if not isinstance(step, Fault) or not step.how.ends_service:
+        return step
+    starts = tuple(chance.uniform(0, 1.5) for _ in range(chance.choice((0, 0, 0, 1, 2))))
+    return replace(step, starts=starts, apart=chance.random() < 0.3)
+
+
+def _with_others(chance: random.Random, job: list[Step]) -> list[Step]:
+    """The steps of a job, with other clients of QEMU in between, and with services that die while they start."""
+    steps = [_restless(chance, step) for step in job]
+    for _ in range(chance.choice((0, 0, 1, 2))):
+        aim = chance.choices(list(AIMS), list(AIMS.values()))[0]
+        place = chance.randint(1, len(steps))
+        steps.insert(place, Meddle(after=_moment(chance), hand=chance.choice(list(Hand)), aim=aim))
+    return steps
 
 
 def _moment(chance: random.Random) -> float:

@@ -36,7 +36,8 @@ class DomainEnd:
 
     `jobs` are the ids of its jobs by then. `graph` is QEMU's block graph, `headers` what the images say; `there` are
     those of the `images` (the chain at the start) that exist. `runs` is how often each job has begun to run in any
-    QEMU.
+    QEMU. `meddled`: another client of QEMU has had its hands on a job. `blind`: the service could not see QEMU's
+    process at some time.
     """
 
     name: str
@@ -48,6 +49,8 @@ class DomainEnd:
     in_qemu: tuple[str, ...] = ()
     runs: Mapping[str, int] = field(default_factory=dict[str, int])
     qemu_ended: bool = False
+    meddled: bool = False
+    blind: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

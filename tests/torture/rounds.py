@@ -45,6 +45,9 @@ class Rounds:
             stage.note("all", "settled")
             ends = [*_all(machines, Machine.inspect), *_all(machines, Machine.rerun)]
             record = self._record(machines, ends)
+            stage.counts["over TCP"] += sum(machine.plan.tcp for machine in machines)
+            stage.counts["with a neighbour"] += sum(machine.plan.shared for machine in machines)
+        stage.counts["without a view"] += stage.blind
         stage.check_rest()
         log = stage.new_log()
         record.troubles += stage.troubles

@@ -28,6 +28,8 @@ SETTINGS = {
     "BLOCKJOBD_QMP_TIMEOUT": "1",
 }
 FILE = "journal.sqlite3"
+APART = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Runs the service in a pid namespace of its own, from where it sees no QEMU's process."""
 DEFECTS = ("Traceback", "actor failed", '"level": "critical"', "internal-error")
 """What the service's log must not hold."""
 
@@ -45,6 +47,7 @@ class Stage:
         self.troubles: list[str] = []
         self.actions: list[str] = []
         self.closed = False
+        self.blind = False
         self._log_read = 0
         self._speed = 0
         self._lock = threading.Lock()
@@ -74,6 +77,7 @@ class Stage:
         self._began = time.monotonic()
         self.troubles.clear()
         self.actions.clear()
+        self.blind = bool(self.service.within)
 
     def note(self, who: str, what: str) -> None:
         """Keep what was done, and when."""
@@ -114,10 +118,36 @@ class Stage:
                 self.check_journal(Path(copy))
                 self.count(fault.how.value, _unfinished(Path(copy), None))
             time.sleep(fault.hold)
+            for seconds in fault.starts:
+                self.service.launch()
+                time.sleep(seconds)
+                self.service.kill()
+                self.note(who, f"service killed {seconds:.3f} s after its start")
+                self.counts["starts that were killed"] += 1
+            self.service.within = APART if fault.apart else ()
+            self.blind |= fault.apart
             self.service.start()
-            self.note(who, "service started")
+            self.note(who, "service started" + (" apart" if fault.apart else ""))
             with self._lock:
                 self.counts["restarts of the service"] += 1
+
+    def register(self, domain: str, body: JSON) -> None:
+        """Have the service know a domain."""
+        deadline = time.monotonic() + 30
+        while (answer := self.client.ask("PUT", f"/domains/{domain}", body))[0] not in (200, 201):
+            if time.monotonic() > deadline:
+                self.trouble(f"{domain} can't be registered: {answer}")
+                return
+            time.sleep(0.05)
+
+    def forget(self, domain: str) -> None:
+        """Have the service forget a domain."""
+        deadline = time.monotonic() + 30
+        while (answer := self.client.ask("DELETE", f"/domains/{domain}"))[0] not in (204, 404):
+            if time.monotonic() > deadline:
+                self.trouble(f"{domain} can't be forgotten: {answer}")
+                return
+            time.sleep(0.05)
 
     # What is known ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +227,8 @@ class Stage:
     @property
     def _pid(self) -> int:
         assert self.service.process is not None
-        return self.service.process.pid
+        pid = self.service.process.pid
+        return int(_children(pid)[0]) if self.service.within else pid
 
     def _open_files(self, pid: int) -> int:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))
