@@ -43,7 +43,7 @@ MESSAGE_MAX: Final = 8 << 20
 CONNECTIONS: Final = 1000
 """Connections that a server takes unless it is told otherwise."""
 
-REFUSED_S: Final = 1.0
+REFUSED_S: Final = 0.3
 """Seconds that a client that is one too many has to read why."""
 
 
@@ -67,6 +67,8 @@ class Protocol(HttpToolsProtocol):
         if len(self.connections) > self.most:
             # Before it has said anything: each of them holds a descriptor, which monitors may need.
             self._refused = True
+            # One that is refused takes nobody's place.
+            self.connections.discard(self)
             detail = f"{self.most} connections are open, which is as many as are served (max_connections)"
             self._refuse(503, Problem(code=Code.TOO_MANY_REQUESTS, detail=detail))
             self.loop.call_later(REFUSED_S, transport.abort)

@@ -84,6 +84,7 @@ class DomainDirectory:
     async def stop(self) -> None:
         """End all actors; their jobs go on in QEMU and are found again at the next start."""
         self._stopping = True
+        self._shared.teller.stop()
         for task in (*self._own, *self._changes.values()):
             task.cancel()
         for actor in self.actors.values():

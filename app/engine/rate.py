@@ -8,8 +8,8 @@ from typing import Final
 
 from app.engine.ports.clock import Clock
 
-HINTS_BURST: Final = 100
-HINTS_A_SECOND: Final = 20.0
+HINTS_BURST: Final = 500
+HINTS_A_SECOND: Final = 300.0
 """Looks that QEMU's events may ask for; a merge takes a handful."""
 
 LATER_S: Final = 0.1

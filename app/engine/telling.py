@@ -35,7 +35,12 @@ class DomainTeller:
         self._tasks = tasks
         self._waiting: deque[tuple[DomainEvent, str, str]] = deque()
         self._storing = asyncio.Lock()
-        self._retrying = False
+        self._retry_task: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """Try no more what could not be stored: the journal is about to be closed."""
+        if self._retry_task is not None:
+            self._retry_task.cancel()
 
     async def tell(self, event: DomainEvent, view: DomainView) -> None:
         """Store an event with the domain as it is by now, or have it wait."""
@@ -59,9 +64,8 @@ class DomainTeller:
                         self._waiting.popleft()
             except JournalError as error:
                 log.error("events wait", waiting=len(self._waiting), error=str(error))
-                if not self._retrying:
-                    self._retrying = True
-                    self._tasks.start("events of domains", self._retry())
+                if self._retry_task is None:
+                    self._retry_task = self._tasks.start("events of domains", self._retry())
 
     async def _retry(self) -> None:
         try:
@@ -69,4 +73,4 @@ class DomainTeller:
                 await asyncio.sleep(AGAIN_S)
                 await self.flush()
         finally:
-            self._retrying = False
+            self._retry_task = None

@@ -15,7 +15,7 @@ from app.core.evidence import Process
 from app.core.images import Image
 from app.hostfs.locks import locked_files
 from app.hostfs.opening import born_at
-from app.hostfs.process import as_seen_by, has_unlinked, names_of_open_files, open_files, opened_path, pid_here
+from app.hostfs.process import as_seen_by, names_of_open_files, open_files, opened_path, pid_here, unlinked_files
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -44,11 +44,12 @@ def identities(paths: Iterable[str], process: Process | None) -> dict[str, Ident
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:
     """The disks, their layers with what the file system says of them."""
     held = _Held.of(process)
+    unlinked = None if process is None or pid_here(process) is None else unlinked_files(process)
     found = [
         replace(
             disk,
             layers=tuple(_with_file(layer, process, held) for layer in disk.layers),
-            temporary=bool(disk.layers) and _is_temporary(disk.layers[0].file, process),
+            temporary=bool(disk.layers) and _is_temporary(disk.layers[0].file, process, unlinked),
         )
         for disk in disks
     ]
@@ -133,14 +134,14 @@ def _with_file(layer: Layer, process: Process | None, held: _Held) -> Layer:
     )
 
 
-def _is_temporary(file: str, process: Process | None) -> bool:
+def _is_temporary(file: str, process: Process | None, unlinked: frozenset[str] | None) -> bool:
     """Whether the file is one of those that `-snapshot` makes, and has unlinked.
 
-    A file that is not where it was may have been renamed, or QEMU may have changed its folder since it was opened.
+    A file that is not where it was may have been renamed, or QEMU may have changed its folder since it was opened. In
+    another mount namespace the kernel may show another path for it, so the name QEMU gives to such files tells, too.
     """
     if not file.startswith("/"):
         return False
-    unlinked = None if process is None or pid_here(process) is None else has_unlinked(process, file)
-    if unlinked is not None:
-        return unlinked
+    if unlinked is not None and file in unlinked:
+        return True
     return posixpath.basename(file).startswith(TEMPORARY) and not os.path.lexists(as_seen_by(file, process))

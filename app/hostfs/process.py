@@ -19,6 +19,9 @@ from app.hostfs.opening import seen_from
 PIDFD_GETFD: Final = 438
 """The number of pidfd_getfd(2), for which Python has no function; it is the same on all of today's architectures."""
 
+DELETED: Final = " (deleted)"
+"""What the kernel adds to the name of an open file that has been unlinked (proc(5))."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -178,17 +181,19 @@ def names_of_open_files(process: Process) -> Mapping[Identity, str]:
     return found
 
 
-def has_unlinked(process: Process, path: str) -> bool | None:
-    """Whether the process has a file open that was called `path` and has no name any more; None: it can't be seen."""
+def unlinked_files(process: Process) -> frozenset[str] | None:
+    """What the files were called that the process has open and that have no name any more; None: it can't be seen."""
     try:
         files = list(os.scandir(f"/proc/{pid_here(process)}/fd"))
     except OSError:
         return None
+    found: set[str] = set()
     for file in files:
         with suppress(OSError):
-            if os.readlink(file.path) == f"{path} (deleted)" and file.stat().st_nlink == 0:
-                return True
-    return False
+            name = os.readlink(file.path)
+            if name.endswith(DELETED) and file.stat().st_nlink == 0:
+                found.add(name.removesuffix(DELETED))
+    return frozenset(found)
 
 
 @contextmanager

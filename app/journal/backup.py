@@ -15,11 +15,12 @@ from app.journal.database import (
     connect_to_read,
     damage,
     damaged,
-    finish_restore,
+    make,
     newest_schema,
     schema_of,
 )
 from app.journal.files import sync_folder
+from app.journal.held import LOCK
 from app.journal.lock import locked
 
 KEPT: Final = f"{FILE}.before-restore"
@@ -79,8 +80,19 @@ def restore(state_dir: Path, source: Path) -> Path | None:
         epoch.store(state_dir, epoch.Epoch(number=known.number if known else 0, starts=()))
         draft.replace(state_dir / RESTORED)
         sync_folder(state_dir)
-        finish_restore(state_dir)
+        # Alone in the folder: a `token` command would finish it, too.
+        make(state_dir)
+        _give(state_dir)
         return kept
+
+
+def _give(state_dir: Path) -> None:
+    """Let the files belong to whom the folder belongs: root may restore what a user's service reads."""
+    owner = state_dir.stat()
+    if os.geteuid() == 0:
+        for name in (FILE, KEPT, f"{KEPT}-wal", epoch.FILE, LOCK):
+            with suppress(FileNotFoundError):
+                os.chown(state_dir / name, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _copy(source: Path, draft: Path) -> None:
