@@ -65,8 +65,9 @@ core: $(DEV)
 test: check | qemu ## `make check`, and the tests on real QEMUs (QEMU=DIR: with the QEMU in DIR; ARGS: for pytest)
 	$(call PYTEST,$(WITH_QEMU),$(WORKERS),$(addprefix --ignore ,tests/core $(WITHOUT_QEMU)))
 
-torture: $(DEV) | qemu ## Merges under kills at random moments, all data compared (ROUNDS=20, SEED= to play the same plan again)
+torture: $(DEV) | qemu ## Merges under kills at random moments, all data compared; power cuts of the journal (ROUNDS=20, SEED= to play the same plan again)
 	@$(WITH_QEMU) $(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python -m tests.journal.power $$((10 * $(ROUNDS))) $(SEED)
 
 fuzz: $(DEV) | qemu ## Requests made of the OpenAPI document, against real QEMUs (REQUESTS=20000, SEED=1)
 	@$(WITH_QEMU) $(BIN)/python -m tests.fuzz --requests $(REQUESTS) $(if $(SEED),--seed $(SEED))

@@ -116,6 +116,9 @@ class KnownDisks:
     async def read_off(self, domain: str, images: Mapping[str, str]) -> tuple[Disk, ...]:
         """Read the disks of a domain that is off; `images` maps target names to the active layers' paths."""
         self._off[domain] = images
+        return await self._read_off(domain, images)
+
+    async def _read_off(self, domain: str, images: Mapping[str, str]) -> tuple[Disk, ...]:
         disks: list[Disk] = []
         parts: list[Disk] = []
         problem: Problem | None = None
@@ -128,7 +131,7 @@ class KnownDisks:
                 parts.append(Disk(name=name, layers=unreadable.layers))
                 blind = problem if unreadable.blind else blind
         if self._off.get(domain) is images:
-            # It is still off: no QEMU of the domain has told of its disks meanwhile.
+            # It is still off: no QEMU of the domain has told of its disks meanwhile, and nobody has had it forgotten.
             self._disks[domain], self._parts[domain] = tuple(disks), tuple(parts)
             for table, found in ((self._problems, problem), (self._blind, blind)):
                 table.pop(domain, None)
@@ -138,7 +141,7 @@ class KnownDisks:
 
     async def refresh(self) -> None:
         """Read the disks of all domains that are off anew."""
-        await asyncio.gather(*(self.read_off(domain, images) for domain, images in list(self._off.items())))
+        await asyncio.gather(*(self._read_off(domain, images) for domain, images in list(self._off.items())))
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.
