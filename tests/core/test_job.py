@@ -29,6 +29,7 @@ from app.core.machine.inputs import (
 )
 from app.core.machine.reports import FOREIGN_PAUSE, PIVOT_ATTEMPTS
 from app.core.machine.table import IGNORED, TRANSITIONS, start_job, step
+from app.core.sameness import Sameness
 from app.core.states import ENDED, DataState, Intent, OnError, OnReady, PauseReason, State
 from tests.core.samples import FILES, PROCESS, Story, active_job, intermediate_job, job_for, request, shows
 
@@ -1089,3 +1090,31 @@ def test_a_keep_that_another_client_has_ended_before_ready_was_seen(proof: Proof
     story.on(shows(proof))
     assert story.job.control.judgement is not None
     assert story.job.control.judgement.state is state
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+@pytest.mark.parametrize("wish", [None, Abort(force=False)])
+def test_a_start_without_a_trace_in_a_qemu_that_nobody_knows(wish: Abort | None, *, seen_before: bool) -> None:
+    """It is started again only on the very images that it was accepted for; else it may be another machine's disk."""
+    job = active_job()
+    if seen_before:
+        layers = [replace(layer, identity=(1, number)) for number, layer in enumerate(job.spec.disk.layers)]
+        job = replace(job, spec=replace(job.spec, disk=replace(job.spec.disk, layers=tuple(layers))))
+    story = Story(job)
+    story.on(Launch(None))
+    if wish is not None:
+        story.on(wish)
+    story.crash()
+    story.on(Absent())
+    found = shows(Proof.UNCHANGED).evidence
+    assert found.graph is not None
+    identities = tuple((1, number) if seen_before else None for number in range(len(found.graph.nodes)))
+    graph = replace(found.graph, identities=identities)
+    after = story.on(Gathered(replace(found, process=Sameness.UNKNOWN, ended=False, graph=graph)))
+    if seen_before:
+        assert after == (("start",) if wish is None else ())
+        assert story.job.state is (State.STARTING if wish is None else State.CANCELED)
+    else:
+        assert "start" not in after
+        assert story.job.control.judgement is not None
+        assert story.job.control.judgement.state is State.LOST

@@ -184,7 +184,9 @@ def _judge_domain(end: DomainEnd, record: Record) -> Iterator[str]:
     jobs = _of(record.jobs, end.jobs)
     if end.in_qemu:
         yield f"{end.name}: QEMU still has {end.in_qemu}"
-    yield from (f"{job_id}: it was run {times} times" for job_id, times in end.runs.items() if times > 1)
+    # Whoever can't see that a QEMU has ended starts on the same images what the one that answers does not have.
+    often = {job_id: times for job_id, times in end.runs.items() if times > 1 and not (end.blind and end.qemu_ended)}
+    yield from (f"{job_id}: it was run {times} times" for job_id, times in often.items())
     if end.graph != end.headers:
         yield f"{end.name}: QEMU has the chain {end.graph}, the headers {end.headers}"
     allowed = chains_after(end.images, jobs, meddled=end.meddled)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from app.core.errors import Code, Problem
-from app.core.evidence import Proof, Verdict
+from app.core.evidence import Evidence, Proof, Verdict
 from app.core.job import Job
 from app.core.kinds import kind_of
 from app.core.kinds.outcome import domain_gone
@@ -21,6 +21,7 @@ from app.core.machine.inputs import (
     Rejected,
 )
 from app.core.machine.step import Step, begin_abort, begin_pivot, end, save
+from app.core.sameness import Sameness
 from app.core.states import Command, EventType, Intent, OnReady, PauseReason, State
 
 PIVOT_ATTEMPTS: Final = 60
@@ -80,16 +81,25 @@ def absent_starting(job: Job, _event: Input, _now: int) -> Step:
     return Step(job, (), (Command.GATHER,))
 
 
+def _is_that_disk(job: Job, evidence: Evidence) -> bool:
+    """Whether the images that QEMU has are known to be those that the job was accepted for."""
+    known = {layer.identity for layer in (*job.spec.merged, job.spec.base)}
+    return evidence.graph is not None and None not in known and known.issubset(evidence.graph.identities)
+
+
 def gathered_starting(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Gathered)
     proof = kind_of(job.spec).prove(job.spec, event.evidence)
-    if proof is Proof.UNCHANGED:
+    # Where neither the process nor the images can be told from others, it may be another machine's disk, and the job at
+    # work in a QEMU that nobody sees.
+    doubtful = event.evidence.process is Sameness.UNKNOWN and not _is_that_disk(job, event.evidence)
+    if proof is Proof.UNCHANGED and not doubtful:
         if job.control.intent in ABORTED:
             return end(job, State.CANCELED, now)
         if job.control.rejection is not None:
             return rejected(job, Rejected(job.control.rejection), now)
         return Step(replace(job, control=replace(job.control, start_again=True)), (), (Command.START,))
-    if proof is Proof.MERGED:
+    if proof is not Proof.UNKNOWN:
         started = accepted(job, event, now)
         control = replace(started.job.control, verdict=Verdict.VANISHED)
         done = replace(started.job, state=State.CONCLUDING, control=control)

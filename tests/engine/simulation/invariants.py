@@ -135,7 +135,7 @@ class Invariants:
             if not job.ended or job.resolved is not None:
                 continue
             outcome = self._world.truth.get(job.id)
-            done = outcome == "merged" or (outcome == "kept" and job.control.intent is Intent.KEEP)
+            done = outcome == ("kept" if job.on_ready is OnReady.KEEP else "merged")
             if job.state is State.COMPLETED and not done:
                 raise Violation("completed_is_true", f"{job.id} is completed; in QEMU it was {outcome}")
             if job.state in (State.FAILED, State.CANCELED) and outcome == "merged":
