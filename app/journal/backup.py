@@ -51,6 +51,9 @@ def backup(state_dir: Path, target: Path) -> int:
             with closing(connect_to_read(state_dir)) as source, closing(sqlite3.connect(draft)) as copy:
                 source.backup(copy, pages=PAGES)
                 copy.execute("PRAGMA journal_mode = DELETE")
+                # So that it is known for a copy, also where somebody puts it back by hand.
+                with copy:
+                    copy.execute("DELETE FROM meta WHERE key = 'start'")
                 found = damage(copy)
         except sqlite3.Error as error:
             raise BackupError(f"{state_dir / FILE} can't be copied to {target}: {error}") from error

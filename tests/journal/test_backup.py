@@ -118,6 +118,21 @@ def test_a_copy_that_was_put_back_by_hand_begins_an_epoch(tmp_path: Path) -> Non
     assert ids(state_dir)[-1] == epoch.IDS + 1
 
 
+def test_a_backup_of_the_same_run_that_was_put_back_by_hand(tmp_path: Path) -> None:
+    """The service was not started in between, and yet it is known for a copy."""
+    state_dir = tmp_path / "state"
+
+    async def story(journal: SqliteJournal) -> None:
+        await tell(journal, 3)
+        backup(state_dir, tmp_path / "copy")
+        await tell(journal, 3)
+
+    run(state_dir, story)
+    shutil.copy(tmp_path / "copy", state_dir / FILE)
+    run(state_dir, tell)
+    assert ids(state_dir) == [1, 2, 3, epoch.IDS + 1]
+
+
 def test_a_journal_that_was_removed_begins_an_epoch(tmp_path: Path) -> None:
     """The new one gives no id again."""
     state_dir = tmp_path / "state"
