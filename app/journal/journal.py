@@ -42,6 +42,9 @@ from app.journal.writing import Transaction
 NAMED: Final = 4096
 """Processes whose names of devices are kept."""
 
+WAIT_MS: Final = 50
+"""The fewest ms that a write waits for another process that is writing."""
+
 CHECK_S: Final = 5.0
 """Seconds after which a journal that does not answer counts as one that can't be written."""
 
@@ -122,7 +125,8 @@ class SqliteJournal:
                 self._health.check()
                 if self._files is not None:
                     self._health.grown(self._files.check())
-                wait_ms = max(0, round((asked + BUSY_S - time.monotonic()) * 1000))
+                # What has waited behind a slow disk waits a moment for others, too.
+                wait_ms = max(WAIT_MS, round((asked + BUSY_S - time.monotonic()) * 1000))
                 connection.execute(f"PRAGMA busy_timeout = {wait_ms}")
                 with transaction(connection):
                     done = work(writing)

@@ -37,7 +37,7 @@ def locked(state_dir: Path, *, new: bool = True) -> Generator[None]:
             make(state_dir)
         with suppress(FileNotFoundError):
             # Closed after every connection to the file: that drops the locks of the whole process (fcntl(2)).
-            handle = os.open(state_dir / FILE, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(state_dir / FILE, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, handle)
             _lock(handle, state_dir)
         yield
