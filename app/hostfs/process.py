@@ -34,10 +34,11 @@ def boot_id() -> str:
 @cache
 def own_view() -> str:
     """Where the numbers of processes hold that this service sees; raises OSError."""
-    try:
-        machine = Path("/etc/machine-id").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        machine = ""
+    machine = ""
+    # The second one, which anybody may read, is another one in a container, or none.
+    for file in ("/sys/class/dmi/id/product_uuid", "/etc/machine-id"):
+        with suppress(OSError, ValueError):
+            machine = machine or Path(file).read_text(encoding="ascii").strip()
     return f"{machine.replace('/', '')}/{boot_id()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
