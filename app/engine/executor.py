@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from app.core.chain import Disk, Identity, NotDeleted
-from app.core.errors import Code, Problem
+from app.core.errors import CANCELED, Code, Problem
 from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict, same_process
 from app.core.images import Image
 from app.core.job import Job, Result
@@ -36,6 +36,9 @@ from app.engine.shared import Shared
 
 log = structlog.get_logger(__name__)
 
+RECENT_MS: Final = 1000
+"""Milliseconds after its start for which what a plan has found out still holds."""
+
 HEADER_S: Final = 10.0
 """Seconds for which a header is tried to be read, before a job is judged without it."""
 
@@ -46,7 +49,7 @@ class LiveJob:
 
     `planned_now`: its plan is of this moment. `flushed`: its data was on the disk when QEMU held it at `pending`.
     `listed_by` is the connection over which QEMU has last shown that it has the job, `at_its_end` that the job was seen
-    to be about to take effect. `header_due` is until when its
+    to be about to take effect. `hindrance` is why it was given up right before that. `header_due` is until when its
     header is tried to be read, `comparison` compares its images. `progress_due` is when its progress may be told next,
     `paused_since` since when it has been seen paused without a break, both on the clock's seconds.
     """
@@ -61,6 +64,7 @@ class LiveJob:
     at_its_end: bool = False
     header_due: float | None = None
     comparison: asyncio.Task[str | None] | None = None
+    hindrance: str | None = None
 
     def sameness(self, runner: Runner | None, found: Sameness) -> Sameness:
         """Whether who answers now took the job: over the connection that has shown the job, it is nobody else.
@@ -72,7 +76,8 @@ class LiveJob:
     def metered(self, seen: Observed, now: float) -> Observed:
         """What QEMU says, with the rate and the time left, and for how long the job has been seen paused."""
         self.meter, progress = self.meter.measure(seen.progress, now)
-        seen = replace(seen, progress=progress)
+        error = self.hindrance if seen.error == CANCELED and self.hindrance else seen.error
+        seen = replace(seen, progress=progress, error=error)
         if seen.status not in ("paused", "standby"):
             self.paused_since = None
             return seen
@@ -159,10 +164,28 @@ class Executor:
         return PivotTaken()
 
     async def _finalize(self, runner: Runner, job: Job, live: LiveJob) -> None:
+        if live.hindrance is None:
+            live.hindrance = await self._hindrance(runner, job)
+        if live.hindrance is not None:
+            # QEMU would end itself where it can't write the header, hours after the plan has looked.
+            log.error("merge given up", domain=job.domain, job=job.id, reason=live.hindrance)
+            await runner.abort(job.id, force=True)
+            return
         # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
         # A pending job has written all that it will ever write.
         live.flushed |= await self._flushed(runner, job)
         await runner.finalize(job.id)
+
+    async def _hindrance(self, runner: Runner, job: Job) -> str | None:
+        """Why QEMU can't write the header that the job changes; None where it can, or where it has it open for that."""
+        file = kind_of(job.spec).header_file(job.spec)
+        overlay = next((layer for layer in job.spec.disk.layers if layer.file == file and layer.read_only), None)
+        if overlay is None or self._shared.clock.now() < (job.started_at or 0) + RECENT_MS:
+            return None
+        words = (await runner.survey((overlay.node,))).unwritable.get(overlay.node)
+        if words is None:
+            return None
+        return f"QEMU can't open {file} for writing by now, whose header has to change: {words}"
 
     async def _flushed(self, runner: Runner, job: Job) -> bool:
         """Have all that a job wrote on the disk, where QEMU does not see to that by itself before it is finalized."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_an_overlay_that_can_not_be_changed(service: Service, boot: Boot, domain
         assert qemu.process.poll() is None
     finally:
         run("chattr", flag.replace("+", "-"), chain.images[2])
+
+
+@ROOT
+def test_an_overlay_that_can_not_be_changed_any_more(
+    service: Service, boot: Boot, domain: str, chain: Chain, folder: Path
+) -> None:
+    """Hours after the plan: the job is given up with the reason, QEMU lives, and nothing the guest sees has changed."""
+    moved(chain, 2, folder / "ro")
+    qemu = boot(blockdev(chain))
+    body: JSON = {"top": "vda[2]", "bandwidth": 65536, "flags": ["bandwidth_bytes"]}
+    job = service.started(domain, **body)
+    time.sleep(1.2)
+    with read_only_mount(folder / "ro"):
+        assert service.client.patch(f"/jobs/{job['id']}", json={"bandwidth": 0}).status_code == 200
+        ended = service.wait_for_job(job["id"], "failed")
+        assert str(folder / "ro") in ended["error"]["detail"]
+        assert "whose header has to change" in ended["error"]["detail"]
+        assert qemu.process.poll() is None
+    done(service, domain, {"top": "vda[2]"})
+    qemu.quit()
+    assert_same(read_image(chain.active), chain.view)
 
 
 @ROOT
