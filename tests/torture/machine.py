@@ -386,27 +386,8 @@ class Machine:
         """Another merge of all that is left just works; all images are sound, and the base holds every byte."""
         if self._neighbour is not None and (wrong := self._neighbour.leave()):
             self.troubles.append(wrong)
-        client, graph = self._stage.client, self._graph()
-        if len(graph) > 1:
-            deadline = time.monotonic() + PATIENCE
-            speed = self._stage.new_speed(0)
-            body: JSON = {"flags": ["active", "bandwidth_bytes"], "on_ready": "pivot", "bandwidth": speed}
-            request = Request(domain=self.plan.name, speed=speed, body=body)
-            while True:
-                status, answer = client.ask("POST", f"/domains/{self.plan.name}/disks/virtio0/commit", body)
-                if answer.get("code") == "node-in-use" and self.meddled:
-                    # Who has a job pivot and forgets it leaves its nodes behind, which nobody else may take for his.
-                    self.qemu.qmp("blockdev-del", node_name=answer["used_by"])
-                elif answer.get("code") not in LATER or time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-            request.status, request.answer = status, answer
-            self.requests.append(request)
-            while self._unfinished() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            job = self._last_job()
-            if status != 202 or job is None or job["state"] != "completed":
-                self.troubles.append(f"after all, a merge did not work: {status} {answer} {job}")
+        if len(self._graph()) > 1:
+            self._merge_all()
         end = self.inspect()
         self.qemu.quit()
         if self.plan.tcp:
@@ -416,6 +397,27 @@ class Machine:
             if Path(file).exists() and (problem := check(file)):
                 self.troubles.append(problem)
         return end
+
+    def _merge_all(self) -> None:
+        client, deadline = self._stage.client, time.monotonic() + PATIENCE
+        speed = self._stage.new_speed(0)
+        body: JSON = {"flags": ["active", "bandwidth_bytes"], "on_ready": "pivot", "bandwidth": speed}
+        request = Request(domain=self.plan.name, speed=speed, body=body)
+        while True:
+            status, answer = client.ask("POST", f"/domains/{self.plan.name}/disks/virtio0/commit", body)
+            if answer.get("code") == "node-in-use" and self.meddled:
+                # Who has a job pivot and forgets it leaves its nodes behind, which nobody else may take for his.
+                self.qemu.qmp("blockdev-del", node_name=answer["used_by"])
+            elif answer.get("code") not in LATER or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        request.status, request.answer = status, answer
+        self.requests.append(request)
+        while self._unfinished() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job = self._last_job()
+        if status != 202 or job is None or job["state"] != "completed":
+            self.troubles.append(f"after all, a merge did not work: {status} {answer} {job}")
 
     def close(self) -> None:
         """Leave nothing of it."""
