@@ -34,6 +34,9 @@ JSON = dict[str, Any]
 PATIENCE: Final = 60.0
 """Seconds that a job may take to its end once nothing holds it up; far more than any needs."""
 
+BLIND: Final = 1.5
+"""Seconds for which a job of a service that can't see processes is waited for."""
+
 LATER: Final = ("monitor-unreachable", "monitor-busy", "domain-not-found")
 """Refusals that a short wait may end."""
 
@@ -279,11 +282,14 @@ class Machine:
             return
         self.join()
         if self._may_have_pivoted:
-            # Which image is the active layer is for the job to say, unless the service waits for another QEMU itself.
-            deadline = time.monotonic() + PATIENCE
-            while not self._blind and (left := [job for job in self._unfinished() if job["state"] != "queued"]):
-                if time.monotonic() > deadline:
+            # Which image is the active layer is for the job to say. A service that can't see that QEMU has ended says
+            # so at once or waits for another one, whatever that is started from.
+            began = time.monotonic()
+            while left := [job for job in self._unfinished() if job["state"] != "queued"]:
+                if time.monotonic() > began + PATIENCE:
                     self.troubles.append(f"QEMU has ended, and its jobs have not: {left}")
+                    break
+                if self._blind and time.monotonic() > began + BLIND:
                     break
                 time.sleep(0.02)
         self._left = self._chain_on_disk()
@@ -303,7 +309,9 @@ class Machine:
     def _tops(self, jobs: list[JSON]) -> list[str]:
         if not self._may_have_pivoted:
             return [str(self._left.active)]
-        ended = [job if job["finished_at"] is not None else job | {"state": "lost"} for job in jobs]
+        # What was judged, and not yet tidied up after, is told by the state of the data.
+        likely = {job["id"]: "completed" if job["data_state"] == "merged" else "lost" for job in jobs}
+        ended = [job if job["finished_at"] is not None else job | {"state": likely[job["id"]]} for job in jobs]
         return [chain[0] for chain in chains_after(self.images, ended, meddled=self.meddled)]
 
     def _chain_of(self, top: Path) -> Chain:
