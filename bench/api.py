@@ -145,7 +145,7 @@ def _token(service: Service, url: str) -> str:
         try:
             token = (service.state_dir / "token").read_text().strip()
             answer = httpx.get(f"{url}/domains", headers={"Authorization": f"Bearer {token}"})
-            # Domains of the stored past may be listed beside these.
+            # The domain of the stored past may be listed beside these, as the folder of its images has gone as a whole.
             states = [domain["state"] for domain in answer.json()["items"] if domain["state"] != "shutoff"]
             if states == ["paused"] * DOMAINS:
                 return token

@@ -69,9 +69,12 @@ def replace_uses(connection: sqlite3.Connection, disks: DiskUses) -> None:
             raise ValueError(f"a use of another disk stands among those of {domain}/{disk}")
         connection.execute("DELETE FROM image_uses WHERE domain = ? AND disk = ?", (domain, disk))
         connection.executemany(
-            "INSERT INTO image_uses (domain, disk, place, path, dev, ino, rdev, seen_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            [(domain, disk, use.place, *columns_of(use.image), use.seen_at) for use in uses],
+            "INSERT INTO image_uses (domain, disk, place, path, dev, ino, rdev, seen_at, born)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (domain, disk, use.place, *columns_of(use.image), use.seen_at, use.image.born if use.image else None)
+                for use in uses
+            ],
         )
 
 
@@ -82,11 +85,12 @@ def every_use(connection: sqlite3.Connection) -> Sequence[ImageUse]:
             domain=domain,
             disk=disk,
             place=place,
-            image=None if path is None else image_of(path, dev, ino, rdev),
+            image=None if path is None else replace(image_of(path, dev, ino, rdev), born=born),
             seen_at=seen_at,
         )
-        for domain, disk, place, path, dev, ino, rdev, seen_at in connection.execute(
-            "SELECT domain, disk, place, path, dev, ino, rdev, seen_at FROM image_uses ORDER BY domain, disk, place"
+        for domain, disk, place, path, dev, ino, rdev, seen_at, born in connection.execute(
+            "SELECT domain, disk, place, path, dev, ino, rdev, seen_at, born FROM image_uses"
+            " ORDER BY domain, disk, place"
         )
     ]
 

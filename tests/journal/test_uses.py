@@ -188,3 +188,14 @@ def test_names_of_devices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     run(tmp_path, keep, clock)
     run(tmp_path, look, clock)
+
+
+def test_a_use_knows_when_its_file_was_made(tmp_path: Path) -> None:
+    """A file system gives numbers again: the file that has one now is another one."""
+    use = ImageUse(domain="web1", disk="vda", place=0, image=replace(BASE, born=7), seen_at=1)
+
+    async def keep(journal: SqliteJournal) -> None:
+        await journal.record_uses("web1", {"vda": (use,)})
+
+    run(tmp_path, keep)
+    assert run(tmp_path, lambda journal: journal.uses()) == [use]

@@ -23,7 +23,7 @@ from app.drivers.qmp.events import FINAL_REPORTS_MAX, HINTS
 from app.drivers.qmp.runner import QmpRunner
 from app.engine.ports.driver import Address, Busy, Declined, Unanswered, Unreachable
 from app.hostfs.identity import with_files
-from app.hostfs.process import start_time
+from app.hostfs.process import own_view, start_time
 from tests.support.chains import blockdev, build_chain
 from tests.support.qemu import Qemu
 from tests.support.service import JSON
@@ -359,7 +359,7 @@ def test_who_answers(tmp_path: Path) -> None:
             async with connected(path) as monitor:
                 facts = monitor.facts
                 assert (facts.name, facts.uuid, facts.managed_by, facts.missing) == ("shop", uuid, None, ())
-                assert facts.process == Process(pid=qemu.pid, started=start_time(qemu.pid), uuid=uuid)
+                assert facts.process == Process(pid=qemu.pid, started=start_time(qemu.pid), uuid=uuid, view=own_view())
                 version = qemu.qmp("query-version")["qemu"]
                 assert facts.version == f"{version['major']}.{version['minor']}.{version['micro']}"
                 assert await monitor.observe() == {}
