@@ -338,8 +338,8 @@ def test_a_thin_disk_on_a_small_file_system(service: Service, boot: Boot, domain
         for number in range(3):
             under = ["-b", images[-1], "-F", "qcow2"] if images else []
             images.append(folder / f"t{number}.qcow2")
-            run("qemu-img", "create", "-q", "-f", "qcow2", *under, images[-1], "4T")
-        run("qemu-io", "-f", "qcow2", "-c", "write -P 5 1T 2M", images[1])
+            run("qemu-img", "create", "-q", "-f", "qcow2", *under, images[-1], "1T")
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 5 512G 2M", images[1])
         qemu = boot(opened(images[-1]))
         assert done(service, domain, BELOW)["base_growth_max"] < 8 * MIB
         qemu.quit()
