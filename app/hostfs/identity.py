@@ -15,7 +15,7 @@ from app.core.evidence import Process
 from app.core.images import Image
 from app.hostfs.locks import locked_files
 from app.hostfs.opening import born_at
-from app.hostfs.process import as_seen_by, names_of_open_files, open_files, opened_path, pid_here, unlinked_files
+from app.hostfs.process import as_seen_by, open_files, opened_path, pid_here, unlinked_files
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -45,50 +45,15 @@ def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, 
     """The disks, their layers with what the file system says of them."""
     held = _Held.of(process)
     unlinked = None if process is None or pid_here(process) is None else unlinked_files(process)
-    found = [
+    found = (
         replace(
             disk,
             layers=tuple(_with_file(layer, process, held) for layer in disk.layers),
             temporary=bool(disk.layers) and _is_temporary(disk.layers[0].file, process, unlinked),
         )
         for disk in disks
-    ]
-    if process is not None and held.certain:
-        astray = {layer.file for disk in found for layer in disk.layers if _is_astray(layer, process)}
-        names = _found_again(astray, found, process) if astray else {}
-        for place, disk in enumerate(found):
-            if not disk.temporary and any(layer.file in names for layer in disk.layers):
-                renamed = [replace(layer, file=names.get(layer.file, layer.file)) for layer in disk.layers]
-                found[place] = replace(disk, layers=tuple(_with_file(layer, process, held) for layer in renamed))
+    )
     return tuple(found)
-
-
-def _is_astray(layer: Layer, process: Process) -> bool:
-    """Whether nothing is where QEMU says that it has opened the image: it was renamed, or QEMU's folder changed."""
-    return layer.unheld and layer.file.startswith("/") and not os.path.lexists(as_seen_by(layer.file, process))
-
-
-def _found_again(astray: set[str], disks: Iterable[Disk], process: Process) -> dict[str, str]:
-    """The paths by now of images that are not where they were, as far as there is no doubt.
-
-    They are among the files that the process has open and locked as images, and that no other layer accounts for: the
-    one of the same name, or the only one where only one is missing.
-    """
-    known = {layer.identity for disk in disks for layer in disk.layers}
-    locked = locked_files() or frozenset()
-    spare = [
-        name
-        for identity, name in names_of_open_files(process).items()
-        if identity in locked and identity not in known and identity_of(name, process) == identity
-    ]
-    found: dict[str, str] = {}
-    for file in astray:
-        same = [name for name in spare if posixpath.basename(name) == posixpath.basename(file)]
-        if len(same) == 1:
-            found[file] = same[0]
-    if len(astray) == len(spare) == 1:
-        found = dict.fromkeys(astray, spare[0])
-    return found if len(set(found.values())) == len(found) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -165,21 +165,6 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     if alive(process) is False:
         return frozenset()
     return None if found is None else frozenset(found)
-
-
-def names_of_open_files(process: Process) -> Mapping[Identity, str]:
-    """Under which absolute paths the process's open files are found now; what was unlinked is left out.
-
-    A file that was renamed has its new name here. Empty where nothing can be seen.
-    """
-    found: dict[Identity, str] = {}
-    with suppress(OSError):
-        for file in list(os.scandir(f"/proc/{pid_here(process)}/fd")):
-            with suppress(OSError):
-                status, name = file.stat(), os.readlink(file.path)
-                if name.startswith("/") and status.st_nlink:
-                    found[status.st_dev, status.st_ino] = name
-    return found
 
 
 def unlinked_files(process: Process) -> frozenset[str] | None:
