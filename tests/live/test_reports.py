@@ -65,6 +65,38 @@ def test_a_persistent_bitmap_in_the_base(
     assert bitmaps(chain.images[0]) == ["backup"]
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_checkpoint_made_while_the_machine_runs(
+    service: Service, boot: Boot, domain: str, chain: Chain, *, persistent: bool
+) -> None:
+    """https://github.com/abbbi/virtnbdbackup/issues/185: a bitmap is lost that no header has yet; the plan says so."""
+    qemu = boot(blockdev(chain))
+    qemu.qmp("block-dirty-bitmap-add", node="n2", name="virtnbdbackup.0", persistent=persistent)
+    plan = service.client.post(f"/domains/{domain}/disks/vda/commit?dry_run=true", json=ACTIVE).json()
+    (lost,) = [warning["detail"] for warning in plan["warnings"] if warning["code"] == "bitmaps-lost"]
+    assert "virtnbdbackup.0" in lost
+
+
+def test_a_filter_of_a_backup(service: Service, boot: Boot, domain: str, chain: Chain, folder: Path) -> None:
+    """https://github.com/LINBIT/linstor-proxmox/issues/63: QEMU aborts when it closes a node with a filter's bitmap.
+
+    While a merge runs, QEMU takes no such filter.
+    """
+    qemu = boot(blockdev(chain))
+    fleece = folder / "fleece.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(fleece), "8M"], check=True)
+    qemu.qmp("blockdev-add", driver="qcow2", node_name="fleece", file={"driver": "file", "filename": str(fleece)})
+    qemu.qmp("blockdev-add", driver="copy-before-write", node_name="cbw", file="n2", target="fleece")
+    qemu.qmp("qom-set", path="/machine/peripheral/virtio0", property="drive", value="cbw")
+    refused = service.commit(domain, **ACTIVE)
+    assert (refused.status_code, refused.json()["code"], refused.json()["used_by"]) == (409, "node-in-use", "cbw")
+    below = service.wait_for_job(service.started(domain, top="vda[1]")["id"])
+    assert (below["state"], below["error"]) == ("completed", None)
+    view = write_guest(qemu, chain.view, 6, 2 * MIB, CLUSTER)
+    qemu.quit()
+    assert_same(read_image(chain.active), view)
+
+
 @pytest.mark.parametrize("options", [",cache=none,aio=native", ",cache=directsync", ",cache=unsafe", ",aio=io_uring"])
 def test_cache_modes(service: Service, boot: Boot, domain: str, chain: Chain, options: str) -> None:
     """https://github.com/dguerri/LibVirtKvm-scripts/issues/42: whether a merge got ready hung on the cache mode."""

@@ -108,6 +108,17 @@ def _in_use(selection: LayersSelection, facts: Facts) -> Problem | None:
             "would not change; remove the filter, then try again",
             extra={"node": selection.top.node, "used_by": name},
         )
+    tracked = next((layer for layer in selection.merged if "" in layer.tracking), None)
+    if tracked is not None and selection.active:
+        # When it closes the node, QEMU aborts itself (block.c: bdrv_close), and the guest with it.
+        above = selection.disk.layers[0].filters
+        name = above[-1] if above else "another node or job"
+        return Problem(
+            code=Code.NODE_IN_USE,
+            detail=f"{name} keeps a dirty bitmap on {tracked.file}, without which QEMU can't let go of it after the "
+            "pivot; end the backup that it belongs to (remove its filter), then try again",
+            extra={"node": tracked.node, "used_by": name},
+        )
     root = selection.disk.node
     above = [parent for parent in facts.survey.parents.get(root or "", ()) if parent.kind == "block-driver"]
     users = [(root, parent.name) for parent in above]
@@ -288,8 +299,9 @@ def merge_warnings(
         if layer.snapshots:
             detail = f"{layer.file} has {layer.snapshots} internal snapshots, which are no part of what is merged"
             warnings.append(PlanWarning(code="internal-snapshots-lost", detail=detail))
-        if layer.bitmaps:
-            detail = f"the dirty bitmaps of {layer.file} are no part of what is merged: {', '.join(layer.bitmaps)}"
+        bitmaps = dict.fromkeys((*layer.bitmaps, *filter(None, layer.tracking)))
+        if bitmaps:
+            detail = f"the dirty bitmaps of {layer.file} are no part of what is merged: {', '.join(bitmaps)}"
             warnings.append(PlanWarning(code="bitmaps-lost", detail=detail))
     return (
         growth_warnings(base, facts, grown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from app.drivers.qmp.checks import (
@@ -74,6 +74,8 @@ class Node:
     bitmaps: tuple[str, ...] = ()
     version_2: bool = False
     read_only: bool = False
+    tracking: tuple[str, ...] = ()
+    """The names of the dirty bitmaps that QEMU keeps on the node now; empty for one that is another node's own."""
 
 
 def _medium(value: object) -> Medium:
@@ -97,13 +99,14 @@ def _node(value: object) -> Node:
     of = members(value)
     image = member(of, "image", members)
     try:
-        return _image(
+        node = _image(
             image,
             member(of, "node-name", name),
             member(of, "drv", name),
             member(of, "file", path),
             read_only=optional(of, "ro", boolean) or False,
         )
+        return replace(node, tracking=tuple(optional(of, "dirty-bitmaps", list_of(_tracking)) or ()))
     except Wrong as wrong:
         if wrong.places and wrong.places[-1].lstrip(".") in IMAGE:
             wrong.places.append(".image")
@@ -162,6 +165,10 @@ def _specific(value: object) -> _Specific:
         bitmaps=tuple(bitmaps),
         version_2=optional(data, "compat", name) == "0.10",
     )
+
+
+def _tracking(value: object) -> str:
+    return optional(members(value), "name", text) or ""
 
 
 def _bitmap(value: object) -> str:

@@ -199,6 +199,7 @@ def _layer(
         corrupt=node.corrupt,
         snapshots=node.snapshots,
         bitmaps=node.bitmaps,
+        tracking=node.tracking,
         version_2=node.version_2,
         read_only=node.read_only,
         filters=tuple(filters),

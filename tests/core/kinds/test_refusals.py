@@ -168,9 +168,25 @@ def test_a_base_that_has_to_grow(base: dict[str, Any], expected: Code | None, *,
     assert code(ACTIVE, layers(n0=base), written_is_device=device) is None
 
 
+@pytest.mark.parametrize("filters", [(), ("cbw",)])
+def test_a_bitmap_of_another_node(filters: tuple[str, ...]) -> None:
+    """QEMU aborts itself when it closes a node with a bitmap of another node; below the active layer it need not."""
+    on = layers(n3={"tracking": ("", "daily"), "filters": filters})
+    planned = commit.plan(selection(ACTIVE, on), Facts(header=HeaderFacts(room=1023)))
+    assert isinstance(planned, Problem)
+    named = filters[-1] if filters else "another node or job"
+    assert (planned.code, planned.extra) == (Code.NODE_IN_USE, {"node": "n3", "used_by": named})
+    assert code(BELOW, on) is None
+    assert code(ACTIVE, layers(n3={"tracking": ("daily",)})) is None
+
+
 def test_what_is_lost() -> None:
     """Internal snapshots and bitmaps are no part of a merge; an image with snapshots is not deleted."""
-    on = layers(n2={"snapshots": 2}, n1={"bitmaps": ("daily", "weekly")}, n0={"snapshots": 1, "bitmaps": ("kept",)})
+    on = layers(
+        n2={"snapshots": 2},
+        n1={"bitmaps": ("daily",), "tracking": ("daily", "weekly", "")},
+        n0={"snapshots": 1, "bitmaps": ("kept",)},
+    )
     made = plan(request(top="vda[1]", flags=["delete"]), on)
     found = {warning.code: warning.detail for warning in made.warnings}
     assert "2 internal snapshots" in found["internal-snapshots-lost"]
