@@ -116,6 +116,11 @@ def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
     )
 
 
+def has_image(disk: Disk, image: Image) -> bool:
+    """Whether a layer of the disk is, or may be, the image; both are seen by one process."""
+    return any(may_be_same(Image.of(layer), image) for layer in disk.layers)
+
+
 def users_of(uses: Iterable[ImageUse], image: Image, *, besides: Sequence[ImageUse] = ()) -> tuple[ImageUse, ...]:
     """The uses that are, or may be, uses of the image, in their order.
 

@@ -58,7 +58,7 @@ class Control:
     look, in case that the service or the connection ended between the wish and its command. `pivot_asked` stays once a
     pivot was asked for: QEMU may have pivoted since, whatever was wished later. `start_again` says that an earlier
     command to start the job may have got through, `rejection` is what QEMU answered to a later one then. `judgement` is
-    the outcome that the tidying follows.
+    the outcome that the tidying follows, `judged_at` when it was stored (ms since 1970).
     """
 
     intent: Intent = Intent.RUN
@@ -73,6 +73,7 @@ class Control:
     verdict: Verdict | None = None
     verdict_error: str | None = None
     judgement: Judgement | None = None
+    judged_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
 
-from app.core.chain import Disk, Identity, NotDeleted
+from app.core.chain import Disk, NotDeleted
 from app.core.errors import CANCELED, Code, Problem
 from app.core.evidence import Evidence, GraphReading, HeaderReading, Proof, Verdict, same_process
-from app.core.images import Image
+from app.core.images import Image, has_image
 from app.core.job import Job, Result
 from app.core.kinds import kind_of
 from app.core.kinds.base import LayerRecord
@@ -261,7 +261,7 @@ class Executor:
         return await self._shared.images.sync(file, job.spec.disk.identity(file), process)
 
     async def _clean_up(self, job: Job, live: LiveJob) -> CleanedUp | None:
-        images, judgement = self._shared.images, job.control.judgement
+        judgement = job.control.judgement
         assert judgement is not None
         tidy = kind_of(job.spec).cleanup(job.spec, judgement)
         # Whatever is deleted, and whatever QEMU forgets, is so after the comparison.
@@ -288,20 +288,32 @@ class Executor:
             chain = disk.files if disk else tidy.chain
         if tidy.to_delete and not await self._header_is_on_the_disk(job):
             tidy = tidy.without_deletions(f"the new header of {job.overlay_file} is not known to be on the disk")
-        if tidy.to_delete:
-            await self._shared.known.refresh()
-        if ended and tidy.to_delete and not await self._sees_as_qemu_did(job):
-            why = "QEMU saw other files under these names than the service does, and has ended"
-            deleted, left = (), tuple(NotDeleted(file=file, reason=why) for file in tidy.to_delete)
-        else:
-
-            def in_use(file: str, identity: Identity | None) -> str | None:
-                user = self._shared.known.user_of(Image(file, identity), job.domain, Disk(name=job.disk))
-                return None if user is None else user.name
-
-            deleted, left = await images.unlink(tidy.to_delete, job.control.process, in_use)
+        deleted, left = await self._delete(job, tidy.to_delete, ended=ended)
         result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
         return CleanedUp(replace(result, verified=verified), problem)
+
+    async def _delete(
+        self, job: Job, files: Mapping[str, Image], *, ended: bool
+    ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
+        """Delete what was merged, once more after a restart: (deleted, not deleted). `ended`: the job's QEMU has."""
+        if not files:
+            return (), ()
+        if ended and not await self._sees_as_qemu_did(job):
+            why = "QEMU saw other files under these names than the service does, and has ended"
+            return (), tuple(NotDeleted(file=file, reason=why) for file in files)
+        await self._shared.known.refresh()
+        # Snapshots may have been taken since, also while nobody was here, and be called as merged files were.
+        disks = () if self._connection.runner is None else await self._disks.read()
+
+        def in_use(image: Image) -> str | None:
+            own = next((disk for disk in disks if has_image(disk, image)), None)
+            if own is not None:
+                return f"{job.domain}/{own.name} now"
+            user = self._shared.known.user_of(image, job.domain, Disk(name=job.disk))
+            return None if user is None else user.name
+
+        since = job.control.judged_at if ended else None
+        return await self._shared.images.unlink(files, job.control.process, in_use, since)
 
     def _verdict_of(
         self, job: Job, live: LiveJob, layers: tuple[LayerRecord, ...]

@@ -12,8 +12,11 @@ from collections.abc import Mapping
 
 from app.core.chain import Identity
 from app.core.evidence import Process
+from app.core.images import Image
+from app.core.sameness import Sameness, same
 from app.hostfs.credentials import may_unlink_as, unlink_as
 from app.hostfs.locks import is_locked
+from app.hostfs.opening import born_at
 from app.hostfs.process import open_folder
 from app.hostfs.roots import Roots
 
@@ -24,8 +27,12 @@ def undeletable(files: Mapping[str, Identity | None], process: Process | None, r
     return {path: reason for path, reason in found if reason is not None}
 
 
-def unlink(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:
-    """Unlink one file for good; None, or why it was left. One that is gone already counts as deleted."""
+def unlink(path: str, image: Image, process: Process | None, roots: Roots, since: int | None = None) -> str | None:
+    """Unlink one file for good; None, or why it was left. One that is gone already counts as deleted.
+
+    Left is what was written to after `since` (ms since 1970), too: somebody may have made another image of it.
+    """
+    identity = image.identity
     name = posixpath.basename(path)
     try:
         folder = open_folder(path, process)
@@ -40,8 +47,8 @@ def unlink(path: str, identity: Identity | None, process: Process | None, roots:
         # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
         if (reason := _why_not_in(folder, name, identity, process, roots)) is not None:
             return reason
-        if is_locked(os.stat(name, dir_fd=folder, follow_symlinks=False), process):
-            return "another process has it open"
+        if (reason := _why_another(folder, name, image, since)) is not None:
+            return reason
         if roots.folders:
             os.unlink(name, dir_fd=folder)
         elif (refused := unlink_as(process, folder, name)) is not None:
@@ -52,6 +59,21 @@ def unlink(path: str, identity: Identity | None, process: Process | None, roots:
     finally:
         os.close(folder)
     return None
+
+
+def _why_another(folder: int, name: str, image: Image, since: int | None) -> str | None:
+    """Why the file may be another one by now than what was merged, though it has its number: it may be written anew."""
+    file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        found, born = os.fstat(file), born_at(file)
+    finally:
+        os.close(file)
+    if same(born, image.born) is Sameness.OTHER:
+        return "a file that was made later has its name"
+    if since is not None and found.st_mtime_ns // 1_000_000 > since:
+        return "it was written to after the merge, and may be another image by now"
+    # The domain's own QEMU has let go of what was merged. What it has open under this name is something else.
+    return "a process has it open" if is_locked(found, None) else None
 
 
 def _why_not(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:

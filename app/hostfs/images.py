@@ -103,21 +103,23 @@ class LocalImages:
 
     async def unlink(
         self,
-        files: Mapping[str, Identity | None],
+        files: Mapping[str, Image],
         process: Process | None,
-        in_use: Callable[[str, Identity | None], str | None],
+        in_use: Callable[[Image], str | None],
+        since: int | None = None,
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """Unlink files: (deleted, not deleted). One that is gone already counts as deleted.
 
-        `in_use` is asked right before each unlink, and on the event loop, where what it looks at belongs.
+        Left is what was written to after `since` (ms since 1970), too. `in_use` is asked right before each unlink, and
+        on the event loop, where what it looks at belongs.
         """
         deleted: list[str] = []
         kept: list[NotDeleted] = []
-        for path, expected in files.items():
-            if user := in_use(path, expected):
+        for path, image in files.items():
+            if user := in_use(image):
                 reason = f"in use by {user}"
             else:
-                reason = await self._do(SILENT, process, deletion.unlink, path, expected, process, self._roots)
+                reason = await self._do(SILENT, process, deletion.unlink, path, image, process, self._roots, since)
             if reason is None:
                 deleted.append(path)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Final
 import httpx
 import pytest
 
-from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, read_image
+from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, read_image, write_guest
 from tests.support.qemu import Qemu
 from tests.support.service import JSON, Service
 
@@ -261,3 +262,30 @@ def test_these_are_all_points(mortal: Mortal, chain: Chain, kind: str) -> None:
         # Once is enough, and what takes longest in a small merge.
         assert seen.count("before-flush") == POINTS[kind].count("before-flush")
         assert_events(mortal)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["runs", "ended"])
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("point", ["before-unlink-1", "before-unlink-2", "after-unlink"])
+def test_names_that_are_taken_again(mortal: Mortal, chain: Chain, point: str, place: int, *, ends: bool) -> None:
+    """A snapshot that was taken between a death and the recovery is called as a merged file was: it is not deleted."""
+    with machine(mortal, chain) as (vm, qemu):
+        mortal.fuse.write_text(point)
+        ask(mortal, vm, BODIES["delete"])
+        mortal.died()
+        root = qemu.qmp("query-block")[0]["inserted"]["node-name"]
+        new = chain.images[place]
+        time.sleep(0.02)
+        qemu.qmp("blockdev-snapshot-sync", node_name=root, snapshot_file=str(new), snapshot_node_name="new")
+        view = write_guest(qemu, chain.view, 0x42, MIB, CLUSTER)
+        if ends:
+            qemu.quit()
+        mortal.born()
+        (job,) = mortal.client.get("/jobs", params={"domain": vm}).json()["items"]
+        job = mortal.wait_for_job(job["id"])
+        assert job["state"] == "completed"
+        assert new.exists()
+        if not ends:
+            assert [layer["file"] for layer in mortal.disk(vm)["chain"]] == [str(new), chain.files[-1]]
+            qemu.quit()
+        assert_same(read_image(new), view)

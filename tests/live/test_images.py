@@ -7,7 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from app.core.chain import Disk, Identity, NotDeleted
 from app.core.errors import Code, Refused
 from app.core.evidence import HeaderReading, Process
+from app.core.images import Image
 from app.engine.ports.images import Measure
 from app.hostfs import qcow2
 from app.hostfs.headers import HEADER
+from app.hostfs.identity import image_at
 from app.hostfs.images import LocalImages
 from app.hostfs.process import start_time
 from tests.support.chains import CLUSTER, MIB, blockdev, build_chain
@@ -73,8 +76,18 @@ def identified(paths: Sequence[str]) -> dict[str, Identity | None]:
     return {path: identity_of(path) if Path(path).exists() else None for path in paths}
 
 
-def nobody(_file: str, _identity: Identity | None) -> None:
-    """Who uses a file."""
+def images_of(files: Mapping[str, Identity | None]) -> dict[str, Image]:
+    """Files with identities, as images."""
+    return {path: Image(path, identity) for path, identity in files.items()}
+
+
+def imaged(paths: Sequence[str]) -> dict[str, Image]:
+    """Files to be deleted, as images."""
+    return images_of(identified(paths))
+
+
+def nobody(_image: Image) -> None:
+    """Who uses an image."""
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -262,16 +275,16 @@ def test_unlink(zoo: Path) -> None:
     images = LocalImages((zoo,), 10)
     (zoo / "busy").write_text("data")
     identity = identity_of(zoo / "busy")
-    asked: list[tuple[str, Identity | None]] = []
+    asked: list[Image] = []
 
-    def in_use(file: str, seen: Identity | None) -> str | None:
-        asked.append((file, seen))
-        return "web1/vda" if seen == identity else None
+    def in_use(image: Image) -> str | None:
+        asked.append(image)
+        return "web1/vda" if image.identity == identity else None
 
     names = ("plain", "none", "busy", "link", "pipe", "folder", "door/secret", "no-folder/image")
     paths = [str(zoo / name) for name in names]
-    before = list((identified(paths) | {str(zoo / "none"): (identity[0], 1)}).items())
-    deleted, kept = asyncio.run(images.unlink(dict(before), None, in_use))
+    before = imaged(paths) | {str(zoo / "none"): Image(str(zoo / "none"), (identity[0], 1))}
+    deleted, kept = asyncio.run(images.unlink(before, None, in_use))
     assert deleted == (str(zoo / "plain"), str(zoo / "none"))
     assert kept == (
         NotDeleted(file=str(zoo / "busy"), reason="in use by web1/vda"),
@@ -281,29 +294,47 @@ def test_unlink(zoo: Path) -> None:
         NotDeleted(file=str(zoo / "door/secret"), reason="outside image_roots"),
         NotDeleted(file=str(zoo / "no-folder/image"), reason="its folder can't be opened: No such file or directory"),
     )
-    assert asked == before
+    assert asked == list(before.values())
     left = {entry.name for entry in zoo.iterdir()}
     assert left == {"busy", "link", "dangling", "door", "folder", "pipe"}
     assert (zoo.parent / "elsewhere" / "secret").read_text() == "data"
 
 
 def test_unlink_what_a_process_has_open(tmp_path: Path) -> None:
-    """A file that another process than the domain's QEMU has locked stays; its own QEMU's locks don't count."""
+    """A file that any process has locked stays, the domain's own QEMU too: it has let go of what was merged."""
     chain = build_chain(tmp_path, 2)
     with Qemu(tmp_path / "vm.qmp", blockdev(chain)) as qemu:
-        (file,) = files = identified([chain.at(0)])
-        why = (NotDeleted(file=file, reason="another process has it open"),)
+        (file,) = files = imaged([chain.at(0)])
+        why = (NotDeleted(file=file, reason="a process has it open"),)
         inside = LocalImages((tmp_path,), 10)
-        for process in (None, process_of(os.getpid()), Process(pid=qemu.pid, started=0, uuid=None)):
+        ours = process_of(qemu.pid)
+        for process in (None, process_of(os.getpid()), Process(pid=qemu.pid, started=0, uuid=None), ours):
             assert asyncio.run(inside.unlink(files, process, nobody)) == ((), why)
-        assert asyncio.run(IMAGES.unlink(files, process_of(qemu.pid), nobody)) == ((file,), ())
+    assert asyncio.run(inside.unlink(files, ours, nobody)) == ((file,), ())
+
+
+def test_unlink_what_is_another_image_by_now(tmp_path: Path) -> None:
+    """A file with the number of the merged one was made later, or was written anew."""
+    path = tmp_path / "image"
+    path.write_text("merged")
+    merged, now = image_at(str(path), None), time.time_ns() // 1_000_000
+    images = LocalImages((tmp_path,), 10)
+    files = {str(path): replace(merged, born=(merged.born or 0) - 1)}
+    why = "a file that was made later has its name"
+    assert asyncio.run(images.unlink(files, None, nobody)) == ((), (NotDeleted(file=str(path), reason=why),))
+    os.utime(path, ns=(0, (now + 1) * 1_000_000))
+    why = "it was written to after the merge, and may be another image by now"
+    files = {str(path): merged}
+    assert asyncio.run(images.unlink(files, None, nobody, now)) == ((), (NotDeleted(file=str(path), reason=why),))
+    os.utime(path, ns=(0, now * 1_000_000))
+    assert asyncio.run(images.unlink(files, None, nobody, now)) == ((str(path),), ())
 
 
 def test_unlink_behind_a_symlinked_folder(zoo: Path) -> None:
     """Where a folder is a link, it is the real place that has to be inside of the roots."""
     inside = LocalImages((zoo.parent,), 10)
     path = f"{zoo}/door/secret"
-    assert asyncio.run(inside.unlink(identified([path]), None, nobody)) == ((path,), ())
+    assert asyncio.run(inside.unlink(imaged([path]), None, nobody)) == ((path,), ())
     assert not (zoo.parent / "elsewhere" / "secret").exists()
 
 
@@ -339,9 +370,9 @@ def test_links_of_another_root_lead_nowhere(zoo: Path) -> None:
         for root in ("/images", str(zoo)):
             rooted = LocalImages((root,), 10)
             assert set(asyncio.run(rooted.undeletable(files, process))) == set(files)
-            assert asyncio.run(rooted.unlink(files, process, nobody))[0] == ()
+            assert asyncio.run(rooted.unlink(images_of(files), process, nobody))[0] == ()
         assert set(asyncio.run(IMAGES.undeletable(files, process))) == set(bad)
-        deleted, kept = asyncio.run(IMAGES.unlink(files, process, nobody))
+        deleted, kept = asyncio.run(IMAGES.unlink(images_of(files), process, nobody))
     assert (deleted, [item.file for item in kept]) == (("/images/image",), bad)
     assert (target / "secret").read_text() == "data"
     assert not (zoo / "image").exists()

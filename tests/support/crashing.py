@@ -19,9 +19,9 @@ from typing import Any, Final, cast
 import uvloop
 
 from app.api.render import JsonRender
-from app.core.chain import Identity, NotDeleted
+from app.core.chain import NotDeleted
 from app.core.evidence import Process
-from app.core.images import MarkChange
+from app.core.images import Image, MarkChange
 from app.core.job import Job
 from app.core.machine.step import StoredVersion
 from app.core.states import State
@@ -221,18 +221,19 @@ class DyingImages(Around):
 
     async def unlink(
         self,
-        files: Mapping[str, Identity | None],
+        files: Mapping[str, Image],
         process: Process | None,
-        in_use: Callable[[str, Identity | None], str | None],
+        in_use: Callable[[Image], str | None],
+        since: int | None = None,
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """As the images' own; `in_use` is asked right before each unlink."""
         number = iter(range(1, len(files) + 1))
 
-        def asked(file: str, identity: Identity | None) -> str | None:
+        def asked(image: Image) -> str | None:
             self._fuse.reach(f"before-unlink-{next(number)}")
-            return in_use(file, identity)
+            return in_use(image)
 
-        done = await self._images.unlink(files, process, asked)
+        done = await self._images.unlink(files, process, asked, since)
         if files:
             self._fuse.reach("after-unlink")
         return done

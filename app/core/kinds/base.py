@@ -78,9 +78,13 @@ class DiskRecord:
         """The format nodes of the chain."""
         return tuple(layer.node for layer in self.layers)
 
+    def image(self, file: str) -> Image:
+        """Which image it was that the chain had under this name."""
+        return next((layer.image for layer in self.layers if layer.file == file), Image(file))
+
     def identity(self, file: str) -> Identity | None:
         """Which file it was that the chain had under this name."""
-        return next((layer.identity for layer in self.layers if layer.file == file), None)
+        return self.image(file).identity
 
 
 class JobSpec(Protocol):
@@ -147,13 +151,13 @@ class Capabilities:
 class CleanUp:
     """What is tidied up after a judgement.
 
-    `release` are the nodes to delete, in that order. `to_delete` are the files to unlink, each with the identity that
-    it must have. `compared` are the layers, topmost first, whose view has to be the same as that of the last
+    `release` are the nodes to delete, in that order. `to_delete` are the files to unlink, each with the image that it
+    must be. `compared` are the layers, topmost first, whose view has to be the same as that of the last
     of them before anything is deleted. `chain` are the files of the chain as the judgement has it.
     """
 
     release: tuple[str, ...] = ()
-    to_delete: Mapping[str, Identity | None] = field(default_factory=dict[str, "Identity | None"])
+    to_delete: Mapping[str, Image] = field(default_factory=dict[str, Image])
     invalidated: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
     compared: tuple[LayerRecord, ...] = ()

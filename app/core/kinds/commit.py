@@ -392,7 +392,7 @@ def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:
     unsafe = () if judgement.durable else tuple(NotDeleted(file=file, reason=reason) for file in spec.deletes)
     return CleanUp(
         release=spec.release if judgement.merged else (),
-        to_delete={file: spec.disk.identity(file) for file in spec.deletes if judgement.durable},
+        to_delete={file: spec.disk.image(file) for file in spec.deletes if judgement.durable},
         invalidated=spec.invalidates,
         not_deleted=spec.undeletable + unsafe,
         compared=spec.disk.layers[spec.top_index : spec.base_index + 1] if spec.verify and judgement.merged else (),

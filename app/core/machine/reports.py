@@ -255,7 +255,7 @@ def concluding_again(job: Job, _event: Input, _now: int) -> Step:
     return Step(job, (), (Command.GATHER if job.control.judgement is None else Command.CLEAN_UP,))
 
 
-def gathered(job: Job, event: Input, _now: int) -> Step:
+def gathered(job: Job, event: Input, now: int) -> Step:
     assert isinstance(event, Gathered)
     control = job.control
     if control.judgement is not None:
@@ -275,7 +275,7 @@ def gathered(job: Job, event: Input, _now: int) -> Step:
         job,
         error=judgement.error,
         data_state=judgement.data_state or job.data_state,
-        control=replace(control, judgement=judgement),
+        control=replace(control, judgement=judgement, judged_at=now),
     )
     return save(judged, None, Command.CLEAN_UP)
 

@@ -85,14 +85,16 @@ class Images(Protocol):
 
     async def unlink(
         self,
-        files: Mapping[str, Identity | None],
+        files: Mapping[str, Image],
         process: Process | None,
-        in_use: Callable[[str, Identity | None], str | None],
+        in_use: Callable[[Image], str | None],
+        since: int | None = None,
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """Unlink files: (deleted, not deleted). One that is gone already counts as deleted.
 
-        A file whose identity is another than the one given, or not known, is left. `in_use` names who still uses a
-        file, or returns None; it is asked right before each unlink.
+        A file that is another than the image, or of which that is not known, is left; so is one that any process has
+        locked, or that was written to after `since` (ms since 1970). `in_use` names who still uses an image, or
+        returns None; it is asked right before each unlink.
         """
         ...
 

@@ -90,27 +90,28 @@ class SimImages:
 
     async def unlink(
         self,
-        files: Mapping[str, Identity | None],
+        files: Mapping[str, ImageName],
         process: Process | None,
-        in_use: Callable[[str, Identity | None], str | None],
+        in_use: Callable[[ImageName], str | None],
+        since: int | None = None,
     ) -> tuple[tuple[str, ...], tuple[NotDeleted, ...]]:
         """Unlink files."""
         deleted: list[str] = []
         kept: list[NotDeleted] = []
-        for path, identity in files.items():
-            user = in_use(path, identity)
+        for path, image in files.items():
+            user = in_use(image)
             if user:
                 kept.append(NotDeleted(file=path, reason=f"in use by {user}"))
                 continue
             await self._delay("unlink")
-            reason = self._unlink(path, identity, process)
+            reason = self._unlink(path, image.identity)
             if reason is None:
                 deleted.append(path)
             else:
                 kept.append(NotDeleted(file=path, reason=reason))
         return tuple(deleted), tuple(kept)
 
-    def _unlink(self, path: str, identity: Identity | None, process: Process | None) -> str | None:
+    def _unlink(self, path: str, identity: Identity | None) -> str | None:
         if path.startswith("/remote"):
             return "its folder can't be opened"
         image = self._seen(path)
@@ -118,8 +119,8 @@ class SimImages:
             return None
         if identity != (DEVICE, image.inode):
             return "not the file that QEMU has opened under this name"
-        if self._world.openers(process, image):
-            return "another process has it open"
+        if self._world.openers(None, image):
+            return "a process has it open"
         self._world.files.unlink(path)
         self._world.touched = True
         self._world.trace.note("unlinked", path)
