@@ -16,8 +16,10 @@ import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from app.core.chain import Disk, Identity, Layer
+from app.core.headers import PROTOCOLS
 from app.core.sameness import Sameness, same
 
 
@@ -85,13 +87,20 @@ def one_view(domain: str | None, other: str | None) -> bool:
 
 # Uses -----------------------------------------------------------------------------------------------------------------
 
+HEADERLESS: Final = PROTOCOLS | {"raw", "vpc"}
+"""Drivers that give the guest an image from its first byte on (QAPI `BlockdevDriver`; `vpc` where its size is fixed).
+
+The guest may write there what looks like the header of another format. So nobody may believe it.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageUse:
     """A disk has an image in its chain, as it was read at `seen_at` (ms since 1970).
 
     `place` is the position in the chain; 0 is the active layer. `image` is None if the chain goes on at that place and
-    nobody could find out with which image; it may be any image then.
+    nobody could find out with which image; it may be any image then. `format` is the driver with which QEMU had the
+    image open; None if QEMU has never told, which is so for what was only found in headers.
     """
 
     domain: str
@@ -99,6 +108,7 @@ class ImageUse:
     place: int
     image: Image | None
     seen_at: int
+    format: str | None = None
 
 
 def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
@@ -110,6 +120,7 @@ def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
             place=place,
             image=Image.of(layer),
             seen_at=seen_at,
+            format=layer.format,
         )
         for place, layer in enumerate(disk.layers)
         if not layer.unheld
@@ -119,6 +130,24 @@ def uses_by(domain: str, disk: Disk, *, seen_at: int) -> tuple[ImageUse, ...]:
 def has_image(disk: Disk, image: Image) -> bool:
     """Whether a layer of the disk is, or may be, the image; both are seen by one process."""
     return any(may_be_same(Image.of(layer), image) for layer in disk.layers)
+
+
+def format_of(image: Image, uses: Iterable[ImageUse], domain: str) -> str | None:
+    """The format that QEMU has told of the image: that of the first of the `uses` that tells; None if none does.
+
+    `domain` is whose image it is. Another domain's use counts only if its image is surely the same: to take an overlay
+    for a raw image would mean that the image below has no user.
+    """
+    return next(
+        (
+            use.format
+            for use in uses
+            if use.format is not None
+            and use.image is not None
+            and may_be_same(use.image, image, one_view=use.domain == domain)
+        ),
+        None,
+    )
 
 
 def users_of(uses: Iterable[ImageUse], image: Image, *, besides: Sequence[ImageUse] = ()) -> tuple[ImageUse, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from app.core.chain import Disk
 from app.core.errors import Problem
-from app.core.images import Image, ImageUse, users_of, uses_by
+from app.core.images import HEADERLESS, Image, ImageUse, format_of, users_of, uses_by
 from app.engine.ports.images import ChainUnreadable, Images
 from app.engine.ports.uses import DiskUses
 
@@ -26,12 +26,13 @@ class KnownDisks:
 
     The disks of a domain that is off are read from the images' headers. Nobody tells when somebody works on these
     images, so `refresh` reads them anew before a decision. Where a domain's disks can't be read now, what the journal
-    knows of them counts.
+    knows of them counts. What a guest has written into a raw image is never taken for a header: the formats are those
+    that QEMU told when it ran.
     """
 
     def __init__(self, images: Images) -> None:
         self._images = images
-        self._recorded: dict[tuple[str, str], tuple[Image | None, ...]] = {}
+        self._recorded: dict[tuple[str, str], tuple[ImageUse, ...]] = {}
         self._disks: dict[str, tuple[Disk, ...]] = {}
         self._off: dict[str, Mapping[str, str]] = {}
         self._problems: dict[str, Problem] = {}
@@ -63,14 +64,14 @@ class KnownDisks:
     def forget(self, domain: str) -> None:
         """A domain was forgotten, and the journal does not know its images any more."""
         self.drop(domain)
-        self._recorded = {disk: images for disk, images in self._recorded.items() if disk[0] != domain}
+        self._recorded = {disk: uses for disk, uses in self._recorded.items() if disk[0] != domain}
 
     def active_images(self, domain: str) -> Mapping[str, Image]:
         """The active layers of a domain's disks, by target name, as the journal knows them."""
         return {
-            disk: images[0]
-            for (of, disk), images in self._recorded.items()
-            if of == domain and images and images[0] is not None
+            disk: uses[0].image
+            for (of, disk), uses in self._recorded.items()
+            if of == domain and uses and uses[0].image is not None
         }
 
     def remembered(self) -> frozenset[str]:
@@ -88,7 +89,7 @@ class KnownDisks:
         """Take in what the journal knows at the start."""
         for use in uses:
             disk = (use.domain, use.disk)
-            self._recorded[disk] = (*self._recorded.get(disk, ()), use.image)
+            self._recorded[disk] = (*self._recorded.get(disk, ()), use)
 
     def unrecorded(self, domain: str, now: int) -> DiskUses:
         """The uses of those of the domain's disks whose chains are not as the journal knows them; `now` in ms."""
@@ -96,7 +97,11 @@ class KnownDisks:
         disks = {disk.name: disk for disk in self.of(domain)}
         for name, disk in disks.items():
             uses = uses_by(domain, disk, seen_at=now)
-            if self._recorded.get((domain, name), ()) != tuple(use.image for use in uses):
+            if domain in self._off:
+                # A header tells no format that may be relied on; what QEMU told of the same images stays true.
+                of_domain = self._recorded_of(domain)
+                uses = tuple(replace(use, format=_told(use.image, of_domain, domain)) for use in uses)
+            if _content(self._recorded.get((domain, name), ())) != _content(uses):
                 found[domain, name] = uses
         if domain in self._disks and domain not in self._off:
             # Its QEMU has no such disk any more. Of a domain that is off only the registered disks are read.
@@ -107,7 +112,7 @@ class KnownDisks:
         """The journal has stored these."""
         for disk, of_disk in uses.items():
             if of_disk:
-                self._recorded[disk] = tuple(use.image for use in of_disk)
+                self._recorded[disk] = tuple(of_disk)
             else:
                 self._recorded.pop(disk, None)
 
@@ -116,16 +121,20 @@ class KnownDisks:
     async def read_off(self, domain: str, images: Mapping[str, str]) -> tuple[Disk, ...]:
         """Read the disks of a domain that is off; `images` maps target names to the active layers' paths."""
         self._off[domain] = images
-        return await self._read_off(domain, images)
+        return await self._read_off(domain, images, self._headerless())
 
-    async def _read_off(self, domain: str, images: Mapping[str, str]) -> tuple[Disk, ...]:
+    async def _read_off(
+        self, domain: str, images: Mapping[str, str], headerless: Sequence[ImageUse]
+    ) -> tuple[Disk, ...]:
+        # What QEMU told of the domain itself comes first: it is what the domain will be started with.
+        told = (*self._recorded_of(domain), *headerless)
         disks: list[Disk] = []
         parts: list[Disk] = []
         problem: Problem | None = None
         blind: Problem | None = None
         for name, image in images.items():
             try:
-                disks.append(await self._images.offline_disk(name, image))
+                disks.append(await self._images.offline_disk(domain, name, image, told))
             except ChainUnreadable as unreadable:
                 problem = unreadable.problem
                 parts.append(Disk(name=name, layers=unreadable.layers))
@@ -141,7 +150,39 @@ class KnownDisks:
 
     async def refresh(self) -> None:
         """Read the disks of all domains that are off anew."""
-        await asyncio.gather(*(self._read_off(domain, images) for domain, images in list(self._off.items())))
+        headerless = self._headerless()
+        await asyncio.gather(
+            *(self._read_off(domain, images, headerless) for domain, images in list(self._off.items()))
+        )
+
+    def headerless(self) -> tuple[Image, ...]:
+        """The images that surely are without a header of their own, as QEMU tells or has told."""
+        return tuple(use.image for use in self._headerless() if use.image is not None)
+
+    def _headerless(self) -> list[ImageUse]:
+        """The uses of images that surely are without a header of their own.
+
+        A running QEMU has its files open. The numbers of a file or a device that nobody has open may be given again, so
+        what the journal knows counts only with the time at which the file was made.
+        """
+        found = [use for of in self._live() for disk in self._disks[of] for use in uses_by(of, disk, seen_at=0)]
+        found += [
+            use
+            for use in self._not_live()
+            if use.image is not None and use.image.born is not None and use.image.device is None
+        ]
+        return [use for use in found if use.format in HEADERLESS]
+
+    def _recorded_of(self, domain: str) -> list[ImageUse]:
+        return [use for (of, _), uses in self._recorded.items() if of == domain for use in uses]
+
+    def _live(self) -> set[str]:
+        return {of for of in self._disks if of not in self._off}
+
+    def _not_live(self) -> list[ImageUse]:
+        """What the journal knows of the domains that have not been read from their QEMUs."""
+        live = self._live()
+        return [use for (of, _), uses in self._recorded.items() if of not in live for use in uses]
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.
@@ -170,16 +211,17 @@ class KnownDisks:
                 if (of, disk.name) != (domain, name):
                     found += uses_by(of, disk, seen_at=0)
             current |= {(of, disk.name) for disk in disks}
-        live = {of for of in self._disks if of not in self._off}
-        for (of, disk_name), images in self._recorded.items():
-            if of not in live and (of, disk_name) not in current:
-                found += [
-                    ImageUse(domain=of, disk=disk_name, place=place, image=image, seen_at=0)
-                    for place, image in enumerate(images)
-                ]
-        return found
+        return found + [use for use in self._not_live() if (use.domain, use.disk) not in current]
 
     def _because(self, domain: str) -> str:
         if domain in self._disks and domain not in self._off:
             return ""
         return f"{domain} is off, and needs it when it is started again; if it is not, DELETE /domains/{domain}"
+
+
+def _told(image: Image | None, uses: Iterable[ImageUse], domain: str) -> str | None:
+    return None if image is None else format_of(image, uses, domain)
+
+
+def _content(uses: Iterable[ImageUse]) -> list[tuple[Image | None, str | None]]:
+    return [(use.image, use.format) for use in uses]

@@ -119,9 +119,10 @@ class Planner:
 
     async def _strangers(self, disk: Disk, inquiry: Inquiry) -> Overlays:
         """Overlays on the layers that nobody has told of, but for those that a merge has left behind."""
-        chain = [Image.of(layer) for layer in disk.layers]
+        # What stands in a raw image is the word of a guest.
+        besides = [*(Image.of(layer) for layer in disk.layers), *self._shared.known.headerless()]
         found = await self._shared.images.overlays_on(
-            [Image.of(layer) for layer in (inquiry.written, *inquiry.read)], besides=chain
+            [Image.of(layer) for layer in (inquiry.written, *inquiry.read)], besides=besides
         )
         if not found.files:
             return found

@@ -16,7 +16,7 @@ from app.core.chain import Disk, Identity, Layer, NotDeleted
 from app.core.errors import Code, Problem
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
-from app.core.images import Image
+from app.core.images import Image, ImageUse
 from app.core.kinds.base import LayerRecord
 from app.engine.ports.images import ChainUnreadable, Measure, Overlays
 from app.hostfs import allocation, deletion, headers, identity, locks, offline, overlays
@@ -148,10 +148,10 @@ class LocalImages:
         arguments = (names, overlay.file, overlay.identity, process, self._roots)
         return await self._do(HeaderFacts(seen=True), process, headers.header_facts, *arguments)
 
-    async def offline_disk(self, name: str, image: str) -> Disk:
+    async def offline_disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse]) -> Disk:
         """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read."""
         try:
-            work = (offline.offline_disk, name, image, self._roots)
+            work = (offline.offline_disk, domain, name, image, told, self._roots)
             return await self._workers.do(*work, within=OFF_S, owner=image, most=1)
         except Overdue as error:
             detail = f"the disk {name} can't be read: {image}: {error}"

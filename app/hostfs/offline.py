@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+from collections.abc import Sequence
 from typing import Final
 
 from app.core.chain import Disk, Layer
 from app.core.errors import Code, Problem
 from app.core.headers import meaning
-from app.core.images import Image
+from app.core.images import HEADERLESS, Image, ImageUse, format_of
 from app.engine.ports.images import ChainUnreadable
 from app.hostfs import qcow2
 from app.hostfs.headers import header_at
@@ -22,10 +23,11 @@ DEPTH_MAX: Final = 1000
 """Layers of a chain that are followed."""
 
 
-def offline_disk(name: str, image: str, roots: Roots) -> Disk:
+def offline_disk(domain: str, name: str, image: str, told: Sequence[ImageUse], roots: Roots) -> Disk:
     """A disk of a domain that is off; raises `ChainUnreadable` where an image can't be read.
 
-    A name by a network protocol ends the chain: nobody can follow it.
+    A name by a network protocol ends the chain: nobody can follow it. `told` are uses of which QEMU has told the
+    format, as for `format_of`.
     """
     layers: list[Layer] = []
     path: str | None = image
@@ -40,7 +42,7 @@ def offline_disk(name: str, image: str, roots: Roots) -> Disk:
         if len(layers) >= DEPTH_MAX or any(layer.file == path for layer in layers):
             raise unreadable(path, "the chain runs in a circle or is too long", blind=False)
         try:
-            layer = _layer(path, expected, roots)
+            layer = _layer(path, expected, roots, domain, told)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise unreadable(path, str(error), blind=False) from error
         except (OSError, ValueError) as error:
@@ -56,16 +58,22 @@ def offline_disk(name: str, image: str, roots: Roots) -> Disk:
     return Disk(name=name, layers=tuple(layers))
 
 
-def _layer(path: str, expected: str | None, roots: Roots) -> Layer:
+def _layer(path: str, expected: str | None, roots: Roots, domain: str, told: Sequence[ImageUse]) -> Layer:
     with opened_path(path, None) as file:
         found, born = os.fstat(file), born_at(file)
+    device = found.st_rdev if stat.S_ISBLK(found.st_mode) else None
+    identity = (found.st_dev, found.st_ino)
+    if expected is None:
+        had = format_of(Image(path, identity, device, born), told, domain)
+        # What QEMU had as qcow2 is looked at as before: somebody may have written a raw image in its place.
+        expected = had if had in HEADERLESS else None
     header: qcow2.Header | None = None
     try:
-        header = None if expected == "raw" else header_at(path, roots)
+        header = None if expected in HEADERLESS else header_at(path, roots)
     except qcow2.NotQcow2 as error:
         if expected == "qcow2" or isinstance(error, qcow2.Damaged):
             raise
-    if expected == "raw" and not roots.allow(path):
+    if expected in HEADERLESS and not roots.allow(path):
         raise PermissionError(1, "outside image_roots", path)
     return Layer(
         file=path,
@@ -75,8 +83,8 @@ def _layer(path: str, expected: str | None, roots: Roots) -> Layer:
         actual_size=found.st_blocks * 512,
         backing=header.backing if header else None,
         backing_format=header.backing_format if header else None,
-        identity=(found.st_dev, found.st_ino),
-        device=found.st_rdev if stat.S_ISBLK(found.st_mode) else None,
+        identity=identity,
+        device=device,
         born=born,
         folder=os.path.realpath(posixpath.dirname(path)),
         cluster_size=header.cluster_size if header else 65536,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from app.core.chain import Identity
 from app.core.headers import meaning
-from app.core.images import Image
+from app.core.images import Image, may_be_same
 from app.engine.ports.images import Overlays
 from app.hostfs.headers import header_at
 from app.hostfs.identity import identity_of, image_at
@@ -33,20 +33,21 @@ class OverlayIndex:
         self._roots = roots
         self._known: dict[str, tuple[Signature, str | None]] = {}
 
-    def leading_to(self, wanted: frozenset[Identity], besides: frozenset[Identity]) -> Overlays:
-        """The files whose headers lead to one of the `wanted` images; those of `besides` are not looked at."""
+    def leading_to(self, wanted: frozenset[Identity], besides: Mapping[Identity, Sequence[Image]]) -> Overlays:
+        """The files whose headers lead to one of the `wanted` images; those of `besides` are left out."""
         found: list[Image] = []
         until, seen = time.monotonic() + SEARCH_S, 0
         for path, status in self._files():
             seen += 1
             if seen > FILES_MAX or time.monotonic() > until:
                 return Overlays(files=tuple(found), complete=False)
-            identity = (status.st_dev, status.st_ino)
-            if identity in besides:
-                continue
             below = self._below(path, status)
-            if below is not None and identity_of(below, None) in wanted:
-                found.append(image_at(path, None))
+            if below is None or identity_of(below, None) not in wanted:
+                continue
+            image = image_at(path, None)
+            # A file system gives the number of a file that was deleted to a new one, which is looked at.
+            if not any(may_be_same(image, known) for known in besides.get((status.st_dev, status.st_ino), ())):
+                found.append(image)
         return Overlays(files=tuple(found))
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -81,5 +82,8 @@ class OverlayIndex:
 def overlays_on(index: OverlayIndex, images: Sequence[Image], besides: Sequence[Image]) -> Overlays:
     """The overlays on the images, as far as these can be seen."""
     wanted = frozenset(image.identity for image in images if image.identity is not None)
-    known = frozenset(image.identity for image in besides if image.identity is not None)
+    known: dict[Identity, list[Image]] = {}
+    for image in besides:
+        if image.identity is not None:
+            known.setdefault(image.identity, []).append(image)
     return index.leading_to(wanted, known) if wanted else Overlays()

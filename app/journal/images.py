@@ -69,10 +69,10 @@ def replace_uses(connection: sqlite3.Connection, disks: DiskUses) -> None:
             raise ValueError(f"a use of another disk stands among those of {domain}/{disk}")
         connection.execute("DELETE FROM image_uses WHERE domain = ? AND disk = ?", (domain, disk))
         connection.executemany(
-            "INSERT INTO image_uses (domain, disk, place, path, dev, ino, rdev, seen_at, born)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO image_uses (domain, disk, place, path, dev, ino, rdev, seen_at, format, born)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (domain, disk, use.place, *columns_of(use.image), use.seen_at, use.image.born if use.image else None)
+                (domain, disk, use.place, *columns_of(use.image), use.seen_at, use.format, use.image and use.image.born)
                 for use in uses
             ],
         )
@@ -87,9 +87,10 @@ def every_use(connection: sqlite3.Connection) -> Sequence[ImageUse]:
             place=place,
             image=None if path is None else replace(image_of(path, dev, ino, rdev), born=born),
             seen_at=seen_at,
+            format=format_,
         )
-        for domain, disk, place, path, dev, ino, rdev, seen_at, born in connection.execute(
-            "SELECT domain, disk, place, path, dev, ino, rdev, seen_at, born FROM image_uses"
+        for domain, disk, place, path, dev, ino, rdev, seen_at, format_, born in connection.execute(
+            "SELECT domain, disk, place, path, dev, ino, rdev, seen_at, format, born FROM image_uses"
             " ORDER BY domain, disk, place"
         )
     ]

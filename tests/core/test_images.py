@@ -21,6 +21,7 @@ from app.core.images import (
     JobClaims,
     conflicts,
     find_conflict,
+    format_of,
     marks_of_merge,
     may_be_same,
     related,
@@ -127,8 +128,8 @@ def test_the_uses_of_a_disk() -> None:
     lv = Layer(file="/dev/vg/base", format="raw", node="n0", virtual_size=1, actual_size=1, identity=(5, 9))
     found = uses_by("web1", disk(LAYERS[0], replace(lv, device=64771)), seen_at=7)
     assert found == (
-        use(Image("/images/s3.qcow2")),
-        use(Image("/dev/vg/base", (5, 9), 64771), place=1),
+        replace(use(Image("/images/s3.qcow2")), format="qcow2"),
+        replace(use(Image("/dev/vg/base", (5, 9), 64771), place=1), format="raw"),
     )
     assert uses_by("web1", replace(disk(), layers=()), seen_at=7) == ()
 
@@ -297,3 +298,25 @@ def test_who_else_uses_a_base() -> None:
     again = uses_by("again", disk(), seen_at=0)
     users = users_of((*theirs, *again), Image(FILES[3]), besides=mine)
     assert [(use.domain, use.place) for use in users] == [("web2", 1)]
+
+
+def test_a_use_keeps_what_qemu_has_told_of_the_format() -> None:
+    """What QEMU had as raw is raw, whatever is in it."""
+    raw = replace(LAYERS[3], format="raw")
+    found = uses_by("web1", disk(LAYERS[0], raw), seen_at=1)
+    assert [use.format for use in found] == [LAYERS[0].format, "raw"]
+    assert format_of(Image.of(raw), found, "web1") == "raw"
+    assert format_of(Image("/other", (1, 99)), found, "web1") is None
+
+
+def test_which_told_format_counts() -> None:
+    """The first that tells; of another domain only where the image is surely the same."""
+    told = replace(use(A), format="raw")
+    assert format_of(A, [use(None), use(A), told, replace(told, format="qcow2")], "web1") == "raw"
+    assert format_of(A, [replace(told, image=None)], "web1") is None
+    unseen = Image(A.path)
+    assert format_of(unseen, [told], "web1") == "raw"
+    assert format_of(unseen, [told], "web2") is None
+    assert format_of(Image("/link", A.identity), [told], "web2") == "raw"
+    born = replace(told, image=replace(A, born=1))
+    assert format_of(replace(A, born=2), [born], "web1") is None

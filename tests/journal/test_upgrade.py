@@ -64,7 +64,7 @@ def change_body(state_dir: Path, job_id: str, change: str) -> None:
 def test_the_schema_is_whole_afterwards(old: Path) -> None:
     """SQLite finds nothing wrong, and a job of a newer layout, without an intent of the old kind, can be stored."""
     connect(old).close()
-    assert rows(old, "PRAGMA user_version") == [(9,)]
+    assert rows(old, "PRAGMA user_version") == [(10,)]
     assert rows(old, "PRAGMA integrity_check") == [("ok",)]
     assert rows(old, "PRAGMA foreign_key_check") == []
     with closing(connect(old)) as connection:
@@ -237,7 +237,7 @@ def test_a_killed_upgrade_leaves_the_old_journal(old: Path, tmp_path: Path) -> N
         assert rows(old, "SELECT count(*) FROM sqlite_schema WHERE name = 'claims'") == [(0,)]
         assert rows(old, dump) == before
     assert upgrade(old, 0)[0] == 0
-    assert rows(old, "PRAGMA user_version") == [(9,)]
+    assert rows(old, "PRAGMA user_version") == [(10,)]
     assert rows(old, dump) == before
     assert rows(old, marks) == rows(whole, marks) != []
     assert rows(old, "PRAGMA integrity_check") == [("ok",)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from app.core.states import State
 from app.engine.ports.journal import Registration
 from app.engine.ports.uses import MarkChange
 from app.journal import journal as module
+from app.journal.database import FILE
 from app.journal.journal import SqliteJournal
 from app.journal.writing import LostUpdate
 
@@ -199,3 +202,27 @@ def test_a_use_knows_when_its_file_was_made(tmp_path: Path) -> None:
 
     run(tmp_path, keep)
     assert run(tmp_path, lambda journal: journal.uses()) == [use]
+
+
+def test_uses_of_a_journal_without_formats(tmp_path: Path) -> None:
+    """They stay, and nobody has told their format."""
+    chain = uses(ACTIVE, BASE)
+
+    async def keep(journal: SqliteJournal) -> None:
+        await journal.record_uses("web1", {"vda": tuple(replace(use, format="raw") for use in chain)})
+
+    run(tmp_path, keep)
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.executescript("ALTER TABLE image_uses DROP COLUMN format; PRAGMA user_version = 9")
+    assert run(tmp_path, lambda journal: journal.uses()) == list(chain)
+
+
+def test_a_use_knows_the_format_that_qemu_told(tmp_path: Path) -> None:
+    """What was raw is not looked into when the domain is off, after a restart of the service either."""
+    chain = tuple(replace(use, format=told) for use, told in zip(uses(ACTIVE, BASE), ("raw", None), strict=True))
+
+    async def keep(journal: SqliteJournal) -> None:
+        await journal.record_uses("web1", {"vda": chain})
+
+    run(tmp_path, keep)
+    assert run(tmp_path, lambda journal: journal.uses()) == list(chain)

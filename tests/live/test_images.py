@@ -50,7 +50,7 @@ def change(image: Path, *commands: str, format_: str = "qcow2") -> None:
 
 def disk_of(image: Path | str, images: LocalImages = IMAGES) -> Disk:
     """The disk with this active layer, read from the headers."""
-    return asyncio.run(images.offline_disk("vda", str(image)))
+    return asyncio.run(images.offline_disk("web1", "vda", str(image), ()))
 
 
 def measured(disk: Disk, top: int = 0, base: int = 1, images: LocalImages = IMAGES) -> Measure | None:
@@ -462,7 +462,7 @@ def test_offline_disk_over_a_pipe(tmp_path: Path) -> None:
     async def read() -> None:
         async with asyncio.timeout(5):
             with suppress(Refused):
-                await IMAGES.offline_disk("vda", str(tmp_path / "top"))
+                await IMAGES.offline_disk("web1", "vda", str(tmp_path / "top"), ())
 
     asyncio.run(read())
 
@@ -621,7 +621,7 @@ def test_hostile_fields(
 async def read_or_refused(image: Path) -> Code | None:
     """Read a disk; the code of the refusal if there is one."""
     try:
-        await IMAGES.offline_disk("vda", str(image))
+        await IMAGES.offline_disk("web1", "vda", str(image), ())
     except Refused as refused:
         return refused.problem.code
     return None

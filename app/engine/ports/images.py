@@ -10,7 +10,7 @@ from app.core.chain import Disk, Identity, Layer, NotDeleted
 from app.core.errors import Problem, Refused
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
-from app.core.images import Image
+from app.core.images import Image, ImageUse
 from app.core.kinds.base import LayerRecord
 
 
@@ -118,8 +118,12 @@ class Images(Protocol):
         """Where each of the `names` would lead in the header of the overlay, and how much room that has."""
         ...
 
-    async def offline_disk(self, name: str, image: str) -> Disk:
-        """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read."""
+    async def offline_disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse]) -> Disk:
+        """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read.
+
+        `told` are uses of which QEMU has told the format, as for `format_of`. An image that QEMU had without a header
+        of its own is not looked into.
+        """
         ...
 
     async def overlays_on(self, images: Sequence[Image], besides: Sequence[Image]) -> Overlays:

@@ -11,6 +11,7 @@ from app.core.errors import Code, Problem
 from app.core.evidence import HeaderReading, Process
 from app.core.headers import HeaderFacts
 from app.core.images import Image as ImageName
+from app.core.images import ImageUse
 from app.core.kinds.base import LayerRecord
 from app.engine.ports.images import ChainUnreadable, Measure, Overlays
 from tests.engine.simulation.files import CLUSTER, CLUSTERS, Image, resolve
@@ -163,8 +164,8 @@ class SimImages:
             return False
         return (DEVICE, found.inode) == image.identity if found.seen else None
 
-    async def offline_disk(self, name: str, image: str) -> Disk:
-        """A disk of a domain that is off, from the headers."""
+    async def offline_disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse]) -> Disk:
+        """A disk of a domain that is off, from the headers; no image is raw."""
         await self._delay("offline_disk")
         layers: list[Layer] = []
         path: str | None = image
