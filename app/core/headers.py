@@ -62,7 +62,8 @@ def meaning(string: str, *, overlay: str, folder: str | None = None) -> Meaning 
     starts from the folder of the overlay. What is behind `file:` and in `json:` starts from QEMU's own `folder`.
     """
     if string.startswith("json:"):
-        return _described(string.removeprefix("json:"), folder)
+        found = _described(string.removeprefix("json:"), folder)
+        return found if found is None or _is_text(found.driver or "") else None
     if not string.startswith("/") and ":" in string.split("/", 1)[0]:
         rest = string.removeprefix("file:")
         return Meaning(path=None) if rest == string else _local(rest, folder)
@@ -72,10 +73,18 @@ def meaning(string: str, *, overlay: str, folder: str | None = None) -> Meaning 
 def _local(path: str, folder: str | None) -> Meaning | None:
     if not path or "\0" in path or (folder is None and not path.startswith("/")):
         return None
-    if any("\ud800" <= character <= "\udbff" for character in path):
-        # Only `json:` can hold it, and no file system has a name for it.
+    if not _is_text(path):
         return None
     return Meaning(path=posixpath.join(folder or "/", path))
+
+
+def _is_text(string: str) -> bool:
+    """Whether the string has no half of a surrogate pair.
+
+    Only `json:` can hold such a half, and QEMU refuses it (qobject/json-parser.c: parse_string). Python would find a
+    file by it, and could write it into no answer and into no journal (os.fsencode: surrogateescape).
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in string)
 
 
 def _described(text: str, folder: str | None) -> Meaning | None:

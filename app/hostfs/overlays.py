@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from app.core.chain import Identity
@@ -47,7 +48,7 @@ class OverlayIndex:
             image = image_at(path, None)
             # A file system gives the number of a file that was deleted to a new one, which is looked at.
             if not any(may_be_same(image, known) for known in besides.get((status.st_dev, status.st_ino), ())):
-                found.append(image)
+                found.append(_named(image))
         return Overlays(files=tuple(found))
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -77,6 +78,11 @@ class OverlayIndex:
             self._known.clear()
         self._known[path] = signature, below
         return below
+
+
+def _named(image: Image) -> Image:
+    """The image under a name that can be told: a file's name is bytes, and need not be UTF-8."""
+    return replace(image, path=os.fsencode(image.path).decode(errors="replace"))
 
 
 def overlays_on(index: OverlayIndex, images: Sequence[Image], besides: Sequence[Image]) -> Overlays:

@@ -24,6 +24,13 @@ OVERLAY = "/images/web1/s3.qcow2"
         pytest.param("", None, id="empty"),
         pytest.param('json:{"file.filename":"/b\\u0000/c"}', None, id="json-with-a-nul"),
         pytest.param('json:{"file.filename":"/b\\ud800"}', None, id="json-with-half-a-character"),
+        pytest.param('json:{"file.filename":"/b\\udc80"}', None, id="json-with-the-other-half"),
+        pytest.param('json:{"file.filename":"/\\ud83d\\ude00"}', Meaning(path="/\U0001f600"), id="json-with-a-pair"),
+        pytest.param(
+            'json:{"driver":"raw\\udc80","file":{"driver":"file","filename":"/b"}}',
+            None,
+            id="json-of-a-driver-with-half-a-character",
+        ),
         pytest.param('json:{"file.filename":"/b"}', Meaning(path="/b"), id="json-with-dots"),
         pytest.param(
             'json:{"driver":"raw","offset":65536,"file":{"driver":"file","filename":"/b"}}',

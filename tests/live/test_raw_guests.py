@@ -166,3 +166,37 @@ def test_in_the_folders_that_are_searched(folder: Path, chain: Chain) -> None:
         copy.unlink()
         works(service)
         a.quit()
+
+
+def test_a_name_that_no_answer_can_hold(folder: Path, chain: Chain) -> None:
+    """Nobody has said what the image is, and its header names a file by half a character: a refusal that says so."""
+    image = raw_disk(folder / "c")
+    data = sectors("surrogate", folder, chain)
+    image.write_bytes(data + image.read_bytes()[len(data) :])
+    with (
+        Service(folder / "service") as service,
+        Qemu(service.qmp_dir / "a.qmp", blockdev(chain)) as a,
+    ):
+        service.wait_for_domain("a")
+        assert service.client.put("/domains/c", json={"disks": {"vda": {"image": str(image)}}}).status_code == 201
+        status, text = plan(service)
+        assert (status, json.loads(text)["used_by"]) == (409, "c")
+        assert "nobody can tell what" in json.loads(text)["detail"]
+        assert service.commit("a", **ACTIVE).status_code == 409
+        assert service.client.delete("/domains/c").status_code == 204
+        works(service)
+        a.quit()
+
+
+def test_an_overlay_whose_name_is_not_utf_8(folder: Path, chain: Chain) -> None:
+    """It is found in the folders that are searched, and told as far as an answer can tell it."""
+    odd = Path(f"{folder}/a/odd\udc80.qcow2")
+    odd.write_bytes(header(str(chain.images[0])))
+    roots = json.dumps([str(folder / "a")])
+    with (
+        Service(folder / "service", {"BLOCKJOBD_IMAGE_ROOTS": roots}) as service,
+        Qemu(service.qmp_dir / "a.qmp", blockdev(chain)),
+    ):
+        service.wait_for_domain("a")
+        status, text = plan(service)
+        assert (status, json.loads(text)["used_by"]) == (409, f"{folder}/a/odd\ufffd.qcow2")
