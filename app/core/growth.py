@@ -5,13 +5,14 @@ from __future__ import annotations
 from app.core.chain import Layer
 
 
-def growth(target: Layer, size: int, new: int) -> int:
+def growth(target: Layer, size: int, new: int, *, crowded: bool = False) -> int:
     """The most bytes by which the file of `target` grows: `new` bytes of data and the tables that tell where they are.
 
     `size` is the virtual size that the image has then, in bytes. In a qcow2 file a table of 8-byte entries maps one
     cluster each, a refcount block of 2-byte entries counts one each; both come in whole clusters
     (docs/interop/qcow2.txt). A new cluster needs at most one new table, so a thin image does not need all of its
-    tables. No image grows beyond its full size and its tables.
+    tables. No image grows beyond its full size and its tables, unless it is `crowded`: what it has stays beside what is
+    written over it.
     """
     if target.format != "qcow2":
         return max(0, min(new, size - target.actual_size)) if target.format == "raw" else new
@@ -21,7 +22,9 @@ def growth(target: Layer, size: int, new: int) -> int:
     added, full = -(-new // cluster), -(-size // cluster)
     tables = -(-size // (cluster * cluster // 8))
     least = new + _metadata(added, min(added, tables), tables, cluster)
-    return min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))
+    return (
+        least if crowded else min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))
+    )
 
 
 def _metadata(clusters: int, l2: int, entries: int, cluster: int) -> int:

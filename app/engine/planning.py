@@ -60,9 +60,8 @@ class Planner:
         if doubtful or (exact and isinstance(plan, Plan)):
             measure = await self._shared.images.measure([*inquiry.read, inquiry.written], process)
             if measure is not None:
-                plan = rules.plan(
-                    chosen, replace(facts, bytes_to_copy=measure.bytes_to_copy, new_bytes=measure.new_bytes)
-                )
+                copied, new, crowded = measure.bytes_to_copy, measure.new_bytes, measure.crowded
+                plan = rules.plan(chosen, replace(facts, bytes_to_copy=copied, new_bytes=new, crowded=crowded))
         if isinstance(plan, Problem):
             raise Refused(plan)
         return plan

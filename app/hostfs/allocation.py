@@ -28,11 +28,28 @@ MAP_MAX: Final = 64 << 20
 """Bytes of an image's map that are read; that of a larger image is estimated instead."""
 
 
-def free_bytes(path: str, process: Process | None) -> int | None:
-    """Free bytes of the file system that holds `path`; None where it can't be seen. May block."""
+def free_bytes(path: str, process: Process | None, roots: Roots) -> int | None:
+    """Bytes by which the image `path` can grow: those that are free in its file system, or behind it in its device.
+
+    None where that can't be seen. May block.
+    """
+    if is_device(path, process):
+        return _free_behind(path, process, roots)
     with suppress(OSError):
         found = os.statvfs(as_seen_by(path, process))
         return found.f_bavail * found.f_frsize
+    return None
+
+
+def _free_behind(path: str, process: Process | None, roots: Roots) -> int | None:
+    """Bytes of a device that are behind the end of the qcow2 image on it; None where that can't be seen."""
+    with suppress(OSError, ValueError):
+        file = open_image(path, process, roots, None)
+        try:
+            size = os.lseek(file, 0, os.SEEK_END)
+            return max(0, size - qcow2.end(lambda at, length: os.pread(file, length, at)))
+        finally:
+            os.close(file)
     return None
 
 
@@ -172,14 +189,19 @@ async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: Q
     if base_map is None or top_map is None:
         return None
     depth, cluster = len(layers) - 1, layers[-1].cluster_size
-    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in base_map if entry["data"]]
+    # What is compressed, or also an internal snapshot's, is not written over in its place (block/qcow2-cluster.c:
+    # count_single_write_clusters). Of what is compressed QEMU before 8.2 tells no more than that it has no offset.
+    held = [entry for entry in base_map if entry["data"]]
+    free_to_write = [entry for entry in held if "offset" in entry and not entry.get("compressed")]
+    crowded = len(free_to_write) < len(held) or layers[-1].snapshots > 0
+    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in free_to_write if not layers[-1].snapshots]
     copied = [
         (entry["start"], entry["start"] + entry["length"])
         for entry in top_map
         if entry["depth"] < depth and entry.get("present", True)
     ]
     new = new_bytes(copied, taken, cluster)
-    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new)
+    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new, crowded=crowded)
 
 
 def _described(driver: str, judged: Judged) -> dict[str, object]:

@@ -69,10 +69,10 @@ class LocalImages:
         return await self._do({}, process, identity.identities, paths, process) if paths else {}
 
     async def free_bytes(self, path: str, process: Process | None) -> int | None:
-        """Free bytes of the file system that holds `path`; None where it can't be seen."""
+        """Bytes by which the image can grow in its file system, or in its device; None where that can't be seen."""
         if not path.startswith("/"):
             return None
-        return await self._do(None, process, allocation.free_bytes, path, process)
+        return await self._do(None, process, allocation.free_bytes, path, process, self._roots)
 
     async def is_device(self, path: str, process: Process | None) -> bool:
         """Whether `path` is a block device, which does not grow."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +30,16 @@ FORMAT_MAX: Final = 16
 
 HEADER_SIZE: Final = {2: 72, 3: 112}
 """Bytes of the header itself, by version."""
+
+
+REFCOUNT_TABLE_MAX: Final = 8 << 20
+"""Bytes of a refcount table, at most (block/qcow2.h: QCOW_MAX_REFTABLE_SIZE)."""
+
+REFCOUNT_ORDER_MAX: Final = 6
+"""A refcount takes 2^6 bits at most."""
+
+REFCOUNT_BLOCK_AT: Final = 0xFFFFFFFFFFFFFE00
+"""The bits of a table's entry that say where the block is (block/qcow2.h: REFT_OFFSET_MASK)."""
 
 
 class NotQcow2(ValueError):
@@ -83,6 +93,29 @@ def keeps_data_elsewhere(head: bytes) -> bool:
         return False
     version = int.from_bytes(head[4:8], "big")
     return version >= VERSION_3 and (len(head) < FEATURES_END or bool(head[FEATURES_END - 1] & DATA_FILE_BIT))
+
+
+def end(read: Callable[[int, int], bytes]) -> int:
+    """Where an image ends in its file, in bytes: behind the last cluster that anything refers to.
+
+    `read` returns so many bytes from an offset on. Raises `NotQcow2`, or `Damaged`.
+    """
+    head = read(0, HEADER_SIZE[3])
+    cluster = parse(head + read(len(head), 65536 - len(head))).cluster_size
+    table_at, table_clusters = struct.unpack_from(">QI", head, 48)
+    order = struct.unpack_from(">I", head, 96)[0] if head[7] >= VERSION_3 else 4
+    size = table_clusters * cluster
+    if size > REFCOUNT_TABLE_MAX or order > REFCOUNT_ORDER_MAX:
+        raise Damaged(f"a refcount table of {size} bytes, refcounts of 2^{order} bits: not a header")
+    table = read(table_at, size)
+    counted = (cluster << 3) >> order
+    for number in range(len(table) // 8 - 1, -1, -1):
+        block_at = struct.unpack_from(">Q", table, number * 8)[0] & REFCOUNT_BLOCK_AT
+        used = len(read(block_at, cluster).rstrip(b"\0")) if block_at else 0
+        if used:
+            # The bits of less than a byte are not told apart: the end is taken a few clusters too late then.
+            return (number * counted + -(-(used << 3) >> order)) * cluster
+    raise Damaged("no cluster is in use")
 
 
 def _extensions(head: bytes, version: int) -> Iterator[tuple[int, bytes]]:

@@ -173,7 +173,8 @@ def demand_on(target: Layer, read: Sequence[Layer], facts: Facts, *, size: int, 
     """
     copied = sum(layer.actual_size for layer in read) if facts.bytes_to_copy is None else facts.bytes_to_copy
     new = copied if facts.new_bytes is None else facts.new_bytes
-    grown = 0 if facts.written_is_device else growth(target, size, new)
+    on_device = facts.written_is_device and target.format == "raw"
+    grown = 0 if on_device else growth(target, size, new, crowded=facts.crowded)
     return Demand(file=target.file, growth=grown, copies=copied, speed=speed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -161,6 +162,10 @@ def _corrupt(selection: LayersSelection) -> Problem | None:
     )
 
 
+FIXED: Final = re.compile(r"(nbd|iscsi)[:+]|json:.*\"driver\": ?\"(nbd|iscsi)\"")
+"""QEMU's names of what has the size of a device, on the network (block/nbd.c: nbd_co_truncate, block/iscsi.c)."""
+
+
 def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
     base, top, overlay = selection.base, selection.top, selection.overlay
     if overlay is not None and top.virtual_size < min(base.virtual_size, overlay.virtual_size):
@@ -174,7 +179,7 @@ def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
     if top.virtual_size <= base.virtual_size:
         return None
     why = None
-    if facts.written_is_device and base.format == "raw":
+    if base.format == "raw" and (facts.written_is_device or FIXED.match(base.file)):
         why = "it is a device"
     elif base.format not in GROWING:
         why = f"QEMU can't make images of the format {base.format} longer"
@@ -218,7 +223,7 @@ def no_room(demand: Demand, free: int | None) -> Problem | None:
         return None
     return Problem(
         code=Code.INSUFFICIENT_STORAGE,
-        detail=f"{demand.file} may grow by {demand.growth} bytes, and its file system has {free} free; make space, "
+        detail=f"{demand.file} may grow by {demand.growth} bytes, and where it is {free} are free; make space, "
         "or merge fewer layers",
         extra={"needed": demand.growth, "free": free},
     )
@@ -251,8 +256,8 @@ def growth_warnings(target: Layer, facts: Facts, grown: int) -> list[PlanWarning
     found: list[PlanWarning] = []
     if grown:
         found.append(PlanWarning(code="base-grows", detail=f"{target.file} may grow by up to {grown} bytes"))
-    if facts.free is None and not facts.written_is_device:
-        detail = f"the service can't see the file system of {target.file}"
+    if facts.free is None and (grown or not facts.written_is_device):
+        detail = f"the service can't see how far {target.file} can grow where it is"
         found.append(PlanWarning(code="free-unknown", detail=detail))
     if facts.bytes_to_copy is None:
         detail = "the images' maps were not read; the sizes are what the layers take on disk"

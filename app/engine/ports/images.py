@@ -16,10 +16,14 @@ from app.core.kinds.base import LayerRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """From the images' own maps, in bytes: what a merge copies, and how much of it is new to the written layer."""
+    """From the images' own maps, in bytes: what a merge copies, and how much of it is new to the written layer.
+
+    `crowded`: the written layer has clusters that stay when they are written over, beside their new places.
+    """
 
     bytes_to_copy: int
     new_bytes: int
+    crowded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -382,7 +382,8 @@ def test_an_inner_merge_does_not_grow_the_guests_disk() -> None:
     [
         (Facts(free=GIB), ["base-grows", "size-estimated"]),
         (Facts(), ["base-grows", "free-unknown", "size-estimated"]),
-        (Facts(written_is_device=True), ["size-estimated"]),
+        (Facts(written_is_device=True), ["base-grows", "free-unknown", "size-estimated"]),
+        (Facts(written_is_device=True, bytes_to_copy=10, new_bytes=0), []),
         (Facts(free=GIB, bytes_to_copy=10, new_bytes=10), ["base-grows"]),
         (Facts(free=GIB, bytes_to_copy=10, new_bytes=0), []),
     ],
@@ -485,7 +486,24 @@ def test_a_raw_base_fills_its_holes(actual: int, new: int, expected: int) -> Non
 def test_other_formats_and_devices() -> None:
     """A format whose tables are not known grows by the data; a block device does not grow, so nothing is refused."""
     assert growth(replace(LAYERS[3], format="vmdk"), Facts(bytes_to_copy=9, new_bytes=9)) == 9
-    assert growth(LAYERS[3], Facts(bytes_to_copy=9, new_bytes=9, written_is_device=True, free=0)) == 0
+    device = Facts(bytes_to_copy=9, new_bytes=9, written_is_device=True, free=0)
+    assert growth(replace(LAYERS[3], format="raw"), device) == 0
+
+
+def test_an_image_on_a_device_grows_in_it() -> None:
+    """A qcow2 image needs new clusters wherever it is."""
+    device = Facts(bytes_to_copy=9, new_bytes=65536, written_is_device=True, free=GIB)
+    assert growth(LAYERS[3], device) >= 65536
+    refused = commit.plan(selection(request(flags=["active"])), replace(device, free=65535))
+    assert isinstance(refused, Problem)
+    assert (refused.code, refused.extra["free"]) == (Code.INSUFFICIENT_STORAGE, 65535)
+
+
+def test_what_is_not_written_over_in_its_place() -> None:
+    """Compressed clusters, and those of internal snapshots, stay beside the new ones: no size bounds the file's."""
+    full = replace(LAYERS[3], actual_size=2 * GIB)
+    assert growth(full, Facts(bytes_to_copy=GIB, new_bytes=GIB)) == 0
+    assert growth(full, Facts(bytes_to_copy=GIB, new_bytes=GIB, crowded=True)) > GIB
 
 
 @given(st.integers(0, 2 * GIB), st.integers(0, 2 * GIB), st.sampled_from(["qcow2", "raw", "vmdk"]))

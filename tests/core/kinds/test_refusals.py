@@ -148,6 +148,22 @@ def test_a_short_top(sizes: tuple[int, ...], asked: CommitRequest, expected: Cod
 
 
 @pytest.mark.parametrize(
+    ("file", "fixed"),
+    [
+        ("nbd+unix:///root?socket=/run/n.sock", True),
+        ('json:{"driver": "raw", "file": {"driver": "nbd", "path": "/run/n.sock"}}', True),
+        ("iscsi://host/target/0", True),
+        ("rbd:pool/image", False),
+        ("/images/nbd:1", False),
+    ],
+)
+def test_a_base_on_the_network_that_has_to_grow(file: str, *, fixed: bool) -> None:
+    """An export has the size that it has; what is on it as qcow2 may have room in it."""
+    on = layers(n0={"virtual_size": GIB // 2, "format": "raw", "file": file})
+    assert code(ACTIVE, on) is (Code.BASE_CANNOT_GROW if fixed else None)
+
+
+@pytest.mark.parametrize(
     ("base", "device", "expected"),
     [
         ({}, False, None),

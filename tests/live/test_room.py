@@ -1,0 +1,128 @@
+"""How far a base can grow where it is: on a device, in an export, and with what is not written over in its place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from app.hostfs import qcow2
+from tests.live.conftest import Boot
+from tests.support.chains import CLUSTER, MIB, assert_same, read_image, small_file_system
+from tests.support.service import JSON, Service
+
+pytestmark = pytest.mark.live
+
+ACTIVE: JSON = {"flags": ["active"], "on_ready": "pivot"}
+
+
+def run(*command: str | Path | int) -> str:
+    """Run a tool; what it printed."""
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+
+
+def attached(image: Path) -> list[str]:
+    """QEMU's arguments for a disk with this active layer."""
+    return ["-drive", f"file={image},if=virtio,format=qcow2,id=d0"]
+
+
+@contextmanager
+def device(folder: Path, size: int) -> Generator[Path]:
+    """A block device of that many bytes."""
+    (folder / "behind").touch()
+    os.truncate(folder / "behind", size)
+    name = Path(run("losetup", "-f", "--show", folder / "behind").strip())
+    try:
+        yield name
+    finally:
+        run("losetup", "-d", name)
+
+
+def end_of(image: Path) -> int:
+    """Where the image ends in its file, as the service sees it."""
+    with image.open("rb") as file:
+        return qcow2.end(lambda at, length: os.pread(file.fileno(), length, at))
+
+
+def dry(service: Service, domain: str) -> JSON:
+    """The plan of an active merge, or the problem."""
+    return service.client.post(f"/domains/{domain}/disks/vda/commit?dry_run=true", json=ACTIVE).json()
+
+
+@pytest.mark.parametrize("clusters", [24, 104])
+def test_a_qcow2_image_on_a_device(service: Service, boot: Boot, domain: str, folder: Path, clusters: int) -> None:
+    """https://github.com/oVirt/vdsm/issues/352: the room is that of the device, not of the file system of /dev."""
+    with device(folder, clusters * CLUSTER) as base:
+        run("qemu-img", "create", "-q", "-f", "qcow2", base, "6M")
+        run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 0 1M", base)
+        overlay = folder / "overlay.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+        run("qemu-io", "-f", "qcow2", "-c", "write -q -P 2 1M 4M", overlay)
+        qemu = boot(attached(overlay))
+        said = dry(service, domain)
+        free = max(0, clusters * CLUSTER - end_of(base))
+        if clusters == 24:
+            assert (said["code"], said["free"]) == ("insufficient-storage", free)
+            assert said["needed"] >= 4 * MIB
+        else:
+            assert said["base_growth_max"] >= 4 * MIB
+            job = service.wait_for_job(service.started(domain, **ACTIVE)["id"])
+            assert (job["state"], job["error"]) == ("completed", None)
+        qemu.quit()
+        shown = b"\1" * MIB + b"\2" * 4 * MIB
+        assert_same(read_image(overlay if clusters == 24 else base), shown)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "snapshot", "plain"])
+def test_what_stays_when_it_is_written_over(service: Service, boot: Boot, domain: str, folder: Path, kind: str) -> None:
+    """https://github.com/oVirt/vdsm/pull/418: compressed clusters, and those of a snapshot, get new places."""
+    raw, base, overlay = folder / "raw", folder / "base.qcow2", folder / "overlay.qcow2"
+    raw.write_bytes(b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128)))
+    run("qemu-img", "convert", *(["-c"] if kind == "compressed" else []), "-O", "qcow2", raw, base)
+    if kind == "snapshot":
+        run("qemu-img", "snapshot", "-c", "before", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 4M", overlay)
+    before = base.stat().st_blocks * 512
+    qemu = boot(attached(overlay))
+    plan = dry(service, domain)
+    job = service.wait_for_job(service.started(domain, **ACTIVE)["id"])
+    assert (job["state"], job["error"]) == ("completed", None)
+    qemu.quit()
+    grown = base.stat().st_blocks * 512 - before
+    assert grown <= plan["base_growth_max"]
+    assert (grown >= 4 * MIB) is (kind != "plain")
+    assert_same(read_image(base), b"\x09" * 4 * MIB + raw.read_bytes()[4 * MIB :])
+
+
+def test_a_compressed_base_without_room(service: Service, boot: Boot, domain: str, folder: Path) -> None:
+    """The plan refuses what would fail in the middle."""
+    with small_file_system(folder, 6 * MIB) as small:
+        raw, base, overlay = folder / "raw", small / "base.qcow2", folder / "overlay.qcow2"
+        raw.write_bytes(b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128)))
+        run("qemu-img", "convert", "-c", "-O", "qcow2", raw, base)
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+        run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 8M", overlay)
+        qemu = boot(attached(overlay))
+        assert dry(service, domain)["code"] == "insufficient-storage"
+        qemu.quit()
+
+
+def test_a_raw_base_in_an_export(service: Service, boot: Boot, domain: str, folder: Path) -> None:
+    """https://github.com/autotest/tp-qemu/pull/3264: an export does not become longer."""
+    base, overlay, socket = folder / "base", folder / "overlay.qcow2", folder / "nbd"
+    run("qemu-img", "create", "-q", "-f", "raw", base, "4M")
+    run("qemu-nbd", "--fork", "--pid-file", folder / "pid", "-k", socket, "-f", "raw", "-x", "root", "-t", base)
+    try:
+        name = f"nbd+unix:///root?socket={socket}"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", overlay, "6M")
+        qemu = boot(attached(overlay))
+        said = dry(service, domain)
+        assert (said["code"], said["needed"]) == ("base-cannot-grow", 6 * MIB)
+        qemu.quit()
+    finally:
+        os.kill(int((folder / "pid").read_text()), 15)
