@@ -121,13 +121,9 @@ class KnownDisks:
     async def read_off(self, domain: str, images: Mapping[str, str]) -> tuple[Disk, ...]:
         """Read the disks of a domain that is off; `images` maps target names to the active layers' paths."""
         self._off[domain] = images
-        return await self._read_off(domain, images, self._headerless())
+        return await self._read_off(domain, images, (*self._recorded_of(domain), *self._headerless()))
 
-    async def _read_off(
-        self, domain: str, images: Mapping[str, str], headerless: Sequence[ImageUse]
-    ) -> tuple[Disk, ...]:
-        # What QEMU told of the domain itself comes first: it is what the domain will be started with.
-        told = (*self._recorded_of(domain), *headerless)
+    async def _read_off(self, domain: str, images: Mapping[str, str], told: Sequence[ImageUse]) -> tuple[Disk, ...]:
         disks: list[Disk] = []
         parts: list[Disk] = []
         problem: Problem | None = None
@@ -151,8 +147,12 @@ class KnownDisks:
     async def refresh(self) -> None:
         """Read the disks of all domains that are off anew."""
         headerless = self._headerless()
+        own: dict[str, list[ImageUse]] = {}
+        for (of, _), uses in self._recorded.items():
+            own.setdefault(of, []).extend(uses)
+        # What QEMU told of the domain itself comes first: it is what the domain will be started with.
         await asyncio.gather(
-            *(self._read_off(domain, images, headerless) for domain, images in list(self._off.items()))
+            *(self._read_off(of, images, (*own.get(of, ()), *headerless)) for of, images in list(self._off.items()))
         )
 
     def headerless(self) -> tuple[Image, ...]:
@@ -165,7 +165,14 @@ class KnownDisks:
         A running QEMU has its files open. The numbers of a file or a device that nobody has open may be given again, so
         what the journal knows counts only with the time at which the file was made.
         """
-        found = [use for of in self._live() for disk in self._disks[of] for use in uses_by(of, disk, seen_at=0)]
+        found = [
+            use
+            for of in self._live()
+            for disk in self._disks[of]
+            # Few chains have one, and all are gone through for each plan.
+            if any(layer.format in HEADERLESS for layer in disk.layers)
+            for use in uses_by(of, disk, seen_at=0)
+        ]
         found += [
             use
             for use in self._not_live()
