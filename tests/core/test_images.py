@@ -22,6 +22,7 @@ from app.core.images import (
     conflicts,
     find_conflict,
     format_of,
+    has_image,
     marks_of_merge,
     may_be_same,
     related,
@@ -132,6 +133,15 @@ def test_the_uses_of_a_disk() -> None:
         replace(use(Image("/dev/vg/base", (5, 9), 64771), place=1), format="raw"),
     )
     assert uses_by("web1", replace(disk(), layers=()), seen_at=7) == ()
+
+
+def test_whether_a_disk_has_an_image() -> None:
+    """Another file of the same number is another image; what nobody can see may be the one of that path."""
+    on = disk(replace(LAYERS[0], identity=(1, 2), born=7), LAYERS[1])
+    assert has_image(on, Image("/elsewhere", (1, 2), born=7))
+    assert not has_image(on, Image(FILES[0], (1, 2), born=8))
+    assert has_image(on, Image(FILES[1]))
+    assert not has_image(on, Image(FILES[2]))
 
 
 def test_who_uses_an_image() -> None:
