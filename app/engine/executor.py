@@ -241,7 +241,7 @@ class Executor:
         if file is None:
             return None
         process = None if self._connection.has_ended(job.control.process) else job.control.process
-        return await self._shared.images.read_header(file, job.spec.disk.identity(file), process)
+        return await self._shared.images.read_header(file, job.spec.disk.image(file).identity, process)
 
     async def _sees_as_qemu_did(self, job: Job) -> bool:
         """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
@@ -250,7 +250,7 @@ class Executor:
         """
         file = job.base_file
         seen = await self._shared.images.identities([file], None)
-        return file in seen and seen[file] == job.spec.disk.identity(file)
+        return file in seen and seen[file] == job.spec.disk.image(file).identity
 
     async def _header_is_on_the_disk(self, job: Job) -> bool:
         """Whether the host may lose its power now: the old header, which names the merged images, would come back."""
@@ -258,7 +258,7 @@ class Executor:
         if file is None:
             return True
         process = None if self._connection.has_ended(job.control.process) else job.control.process
-        return await self._shared.images.sync(file, job.spec.disk.identity(file), process)
+        return await self._shared.images.sync(file, job.spec.disk.image(file).identity, process)
 
     async def _clean_up(self, job: Job, live: LiveJob) -> CleanedUp | None:
         judgement = job.control.judgement

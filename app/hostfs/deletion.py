@@ -17,7 +17,7 @@ from app.core.sameness import Sameness, same
 from app.hostfs.credentials import may_unlink_as, unlink_as
 from app.hostfs.locks import is_locked
 from app.hostfs.opening import born_at
-from app.hostfs.process import open_folder
+from app.hostfs.process import open_files, open_folder, pid_here
 from app.hostfs.roots import Roots
 
 
@@ -47,7 +47,7 @@ def unlink(path: str, image: Image, process: Process | None, roots: Roots, since
         # All of it is asked of the folder that is open, as its path may lead elsewhere a moment later.
         if (reason := _why_not_in(folder, name, identity, process, roots)) is not None:
             return reason
-        if (reason := _why_another(folder, name, image, since)) is not None:
+        if (reason := _why_another(folder, name, image, process, since)) is not None:
             return reason
         if roots.folders:
             os.unlink(name, dir_fd=folder)
@@ -61,19 +61,25 @@ def unlink(path: str, image: Image, process: Process | None, roots: Roots, since
     return None
 
 
-def _why_another(folder: int, name: str, image: Image, since: int | None) -> str | None:
+def _why_another(folder: int, name: str, image: Image, process: Process | None, since: int | None) -> str | None:
     """Why the file may be another one by now than what was merged, though it has its number: it may be written anew."""
     file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     try:
-        found, born = os.fstat(file), born_at(file)
+        found = os.fstat(file)
+        if same(born_at(file), image.born) is Sameness.OTHER:
+            return "a file that was made later has its name"
+        if since is not None and found.st_mtime_ns // 1_000_000 > since:
+            return "it was written to after the merge, and may be another image by now"
+        # The domain's own QEMU has let go of what was merged: what it has open under this name is something else.
+        if _has_open(process, (found.st_dev, found.st_ino)) or is_locked(file, None):
+            return "a process has it open"
     finally:
         os.close(file)
-    if same(born, image.born) is Sameness.OTHER:
-        return "a file that was made later has its name"
-    if since is not None and found.st_mtime_ns // 1_000_000 > since:
-        return "it was written to after the merge, and may be another image by now"
-    # The domain's own QEMU has let go of what was merged. What it has open under this name is something else.
-    return "a process has it open" if is_locked(found, None) else None
+    return None
+
+
+def _has_open(process: Process | None, identity: Identity) -> bool:
+    return process is not None and pid_here(process) is not None and identity in (open_files(process) or ())
 
 
 def _why_not(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:

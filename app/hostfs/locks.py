@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import struct
 import time
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Final
 
 from app.core.chain import Identity
 from app.core.evidence import Process
-from app.hostfs.process import alive, borrowed, pid_here, stat_of
+from app.hostfs.process import alive, borrowed, opened_path, pid_here
 
 WRITE: Final = 101
 UNSHARED_WRITE: Final = 201
@@ -25,7 +26,7 @@ FLOCK: Final = "hhqqi4x"
 
 LOOKS: Final = 16
 PAUSE: Final = 0.002
-"""How often, and how many seconds apart, an image has to be seen locked before it counts as that.
+"""How often at most, and how many seconds apart, the list of all locks is read.
 
 Next to a process that did nothing but lock and unlock 200 files, one look in five was wrong.
 """
@@ -40,29 +41,45 @@ def locked_by_another(path: str, process: Process | None) -> bool:
     if process is not None and pid_here(process) is None:
         # A monitor over TCP, or in another pid namespace: which locks are its own can't be told.
         return False
-    with suppress(OSError):
-        locked = is_locked(stat_of(path, process), process)
+    with suppress(OSError), opened_path(path, process) as file:
+        locked = is_locked(file, process)
         # A QEMU that is just ending still has its locks; that it has gone is told by the next command.
         return locked and (process is None or alive(process) is not False)
     return False
 
 
-def is_locked(file: os.stat_result, process: Process | None) -> bool:
-    """Whether another process than `process` holds an image lock on the file. May block; raises OSError.
+def is_locked(file: int, process: Process | None) -> bool:
+    """Whether another process than `process` holds an image lock on an open file (O_PATH). May block; raises OSError.
 
-    A process's own open file tells at once that nobody else does. Where it does not (others' locks are there, the
-    process has the file open twice, or lets nobody ask), all locks are read, for which the kernel makes everybody who
-    locks something wait for up to 25 ms. It lists them a page at a time. One that is listed while others come and go
-    may be there twice, and would pass for another's; so only what several looks agree on is believed.
+    A process's own open file tells at once that nobody else does, and one that is opened here that nobody does at all.
+    Where neither does (the process has the file open twice, or nobody may ask), all locks are read, for which the
+    kernel makes everybody who locks something wait for up to 25 ms. It lists them a page at a time. While others come
+    and go, one may be there twice, or be left out; so what most of several looks say is believed.
     """
-    if process is not None and _has_it_alone(file, process):
+    found = os.fstat(file)
+    if process is not None and _has_it_alone(found, process):
         return False
-    for look in range(LOOKS):
-        if look:
+    if _nobody_has_it(file, found):
+        return False
+    seen = {True: 0, False: 0}
+    while max(seen.values()) <= LOOKS // 2:
+        if any(seen.values()):
             time.sleep(PAUSE)
-        if not _seems_locked(file, process):
-            return False
-    return True
+        seen[_seems_locked(found, process)] += 1
+    return seen[True] > seen[False]
+
+
+def _nobody_has_it(file: int, found: os.stat_result) -> bool:
+    """Whether the kernel says of an opening of our own that no other one has a lock."""
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISBLK(found.st_mode):
+        return False
+    with suppress(OSError):
+        handle = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return is_free(handle)
+        finally:
+            os.close(handle)
+    return False
 
 
 def is_free(handle: int) -> bool:

@@ -17,10 +17,21 @@ import pytest
 
 from app.core.evidence import Process
 from app.hostfs import locks
-from app.hostfs.locks import UNSHARED_WRITE, WRITE, is_locked
+from app.hostfs.locks import UNSHARED_WRITE, WRITE
 from app.hostfs.process import borrowed, start_time
 
 OFD_SETLK = 37
+
+
+def is_locked(image: Path, process: Process | None) -> bool:
+    """Whether another process has the image locked."""
+    file = os.open(image, os.O_PATH)
+    try:
+        return locks.is_locked(file, process)
+    finally:
+        os.close(file)
+
+
 CHURN = f"""
 import fcntl, struct, sys
 files = [open(name, "r+b") for name in sys.argv[1:]]
@@ -49,11 +60,11 @@ def test_own_locks_among_many_that_change(tmp_path: Path) -> None:
             # A single look is wrong once in five times here.
             until = time.monotonic() + 5
             while time.monotonic() < until:
-                assert not is_locked(image.stat(), me)
+                assert not is_locked(image, me)
         finally:
             churn.kill()
             churn.communicate()
-        assert is_locked(image.stat(), None)
+        assert is_locked(image, None)
 
 
 HOLD = f"""
@@ -91,32 +102,52 @@ def test_the_only_holder(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That nobody else locks a file is learned from the holder's own open file, without the list of all locks."""
     monkeypatch.setattr(locks, "LOCKS", image / "no such list")
     with holder(image) as qemu:
-        assert not is_locked(image.stat(), qemu)
+        assert not is_locked(image, qemu)
         with pytest.raises(NotADirectoryError), holder(image):
-            is_locked(image.stat(), qemu)
+            is_locked(image, qemu)
+
+
+def test_a_holder_among_many_locks_that_change(image: Path, tmp_path: Path) -> None:
+    """A lock that the kernel's list leaves out for a moment is there all the same."""
+    names = [str(tmp_path / str(number)) for number in range(200)]
+    for name in names:
+        Path(name).touch()
+    me = Process(pid=os.getpid(), started=start_time(os.getpid()), uuid=None)
+    churns = [subprocess.Popen([sys.executable, "-c", CHURN, *names], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for churn in churns:
+            assert churn.stdout is not None
+            churn.stdout.readline()
+        with holder(image):
+            for asking in (None, me):
+                assert all(is_locked(image, asking) for _ in range(30))
+    finally:
+        for churn in churns:
+            churn.kill()
+            churn.communicate()
 
 
 def test_another_holder(image: Path) -> None:
     """Another process with locks on the file is seen while it is there, whatever the first one has open besides."""
     with holder(image) as qemu:
         with holder(image):
-            assert is_locked(image.stat(), qemu)
-        assert not is_locked(image.stat(), qemu)
+            assert is_locked(image, qemu)
+        assert not is_locked(image, qemu)
 
 
 def test_a_file_that_is_opened_twice(image: Path) -> None:
     """A process that has the file open twice is not another one, and does not hide another one."""
     with holder(image, image) as qemu:
-        assert not is_locked(image.stat(), qemu)
+        assert not is_locked(image, qemu)
         with holder(image):
-            assert is_locked(image.stat(), qemu)
+            assert is_locked(image, qemu)
 
 
 def test_a_process_that_is_another_one_by_now(image: Path) -> None:
     """The locks of a process with the pid of one that has ended are another's."""
     with holder(image) as qemu:
         assert qemu.started is not None
-        assert is_locked(image.stat(), replace(qemu, started=qemu.started - 1))
+        assert is_locked(image, replace(qemu, started=qemu.started - 1))
 
 
 def test_nothing_of_a_borrowed_file_stays(image: Path) -> None:

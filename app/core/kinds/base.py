@@ -82,10 +82,6 @@ class DiskRecord:
         """Which image it was that the chain had under this name."""
         return next((layer.image for layer in self.layers if layer.file == file), Image(file))
 
-    def identity(self, file: str) -> Identity | None:
-        """Which file it was that the chain had under this name."""
-        return self.image(file).identity
-
 
 class JobSpec(Protocol):
     """What every kind's spec has. `kind` and `layout` tell the journal how to read it; the rest is shown outside."""
