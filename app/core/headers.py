@@ -14,7 +14,7 @@ NAME_MAX: Final = 1023
 """The longest name that fits into a qcow2 header, in bytes (docs/interop/qcow2.txt)."""
 
 
-OPTIONLESS: Final = frozenset({"driver", "file", "backing", "filename", "node-name"})
+OPTIONLESS: Final = frozenset({"driver", "file", "filename", "node-name"})
 """Members of a described image that say where it is, and nothing of how it is to be read."""
 
 PROTOCOLS: Final = frozenset({"file", "host_device"})
@@ -32,12 +32,14 @@ class Meaning:
 
     `path` is the local file that it names, None where it names none (a network, a descriptor of QEMU's). `driver` is
     the format that a `json:` string gives, None where it gives none. `options`: the string also says how the image is
-    to be read, as no plain path could.
+    to be read, as no plain path could. `backing` is the name of the image below that one where the string gives one in
+    place of its header's, empty where it says that there is none.
     """
 
     path: str | None
     driver: str | None = None
     options: bool = False
+    backing: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +120,22 @@ def _described(text: str, folder: str | None) -> Meaning | None:
     where = _local(path, folder) if isinstance(path, str) else None
     if where is None or carrier is of:
         return where
-    options = any(key not in OPTIONLESS and not key.startswith(("file.", "backing.")) for key in of)
-    return replace(where, driver=driver if isinstance(driver, str) else None, options=options)
+    backing = _backing(of)
+    options = any(key not in OPTIONLESS and not key.startswith("file.") for key in of)
+    return replace(where, driver=driver if isinstance(driver, str) else None, options=options, backing=backing)
+
+
+def _backing(of: Mapping[str, object]) -> str | None:
+    """What a described image says of the one below it; None where it leaves that to the header.
+
+    QEMU writes that itself where an image was opened over another one than its header names (block.c:
+    bdrv_refresh_filename, `backing_overridden`).
+    """
+    if "backing" not in of:
+        dotted = {key.removeprefix("backing."): of[key] for key in of if key.startswith("backing.")}
+        return "json:" + json.dumps(dotted) if dotted else None
+    # One that names a node, which only one QEMU has, is nothing that could be followed.
+    return "" if of["backing"] is None else "json:" + json.dumps(of["backing"])
 
 
 def header_name(overlay: Layer, below: Layer, *, relative: bool) -> str:

@@ -38,7 +38,8 @@ class DomainDisks:
         if self._connection.state() is DomainState.SHUTOFF:
             return await self.read_off()
         runner = self._connection.require()
-        self._known.note(self.registration.id, () if runner.facts.missing else await runner.disks())
+        disks = () if runner.facts.missing else await runner.disks()
+        self._known.note(self.registration.id, disks, runner.facts.process)
         return self.known
 
     async def read_off(self) -> tuple[Disk, ...]:

@@ -252,13 +252,19 @@ class Executor:
         seen = await self._shared.images.identities([file], None)
         return file in seen and seen[file] == job.spec.disk.image(file).identity
 
-    async def _header_is_on_the_disk(self, job: Job) -> bool:
-        """Whether the host may lose its power now: the old header, which names the merged images, would come back."""
-        file = kind_of(job.spec).header_file(job.spec)
-        if file is None:
-            return True
+    async def _is_on_the_disk(self, job: Job) -> bool:
+        """Whether the host may lose its power now: the old header, which names the merged images, would come back.
+
+        QEMU's own flush of the base does nothing where it was told to (`cache.no-flush`).
+        """
         process = None if self._connection.has_ended(job.control.process) else job.control.process
-        return await self._shared.images.sync(file, job.spec.disk.image(file).identity, process)
+        files = (job.base_file, kind_of(job.spec).header_file(job.spec))
+        synced = [
+            await self._shared.images.sync(file, job.spec.disk.image(file).identity, process)
+            for file in files
+            if file is not None and file.startswith("/")
+        ]
+        return all(synced)
 
     async def _clean_up(self, job: Job, live: LiveJob) -> CleanedUp | None:
         judgement = job.control.judgement
@@ -286,8 +292,12 @@ class Executor:
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
-        if tidy.to_delete and not await self._header_is_on_the_disk(job):
-            tidy = tidy.without_deletions(f"the new header of {job.overlay_file} is not known to be on the disk")
+        # Whoever is told of `completed` may delete the merged images at once.
+        if completed and not await self._is_on_the_disk(job):
+            why = (
+                f"what was merged into {job.base_file}, or the header that leads there, is not known to be on the disk"
+            )
+            tidy = tidy.without_deletions(why)
         deleted, left = await self._delete(job, tidy.to_delete, ended=ended)
         result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
         return CleanedUp(replace(result, verified=verified), problem)
@@ -304,8 +314,12 @@ class Executor:
         await self._shared.known.refresh()
         # Snapshots may have been taken since, also while nobody was here, and be called as merged files were.
         disks = () if self._connection.runner is None else await self._disks.read()
+        process = job.control.process
+        holders = {image: await self._shared.known.holder_of(image, process) for image in files.values()}
 
         def in_use(image: Image) -> str | None:
+            if (holder := holders[image]) is not None:
+                return holder.name
             own = next((disk for disk in disks if has_image(disk, image)), None)
             if own is not None:
                 return f"{job.domain}/{own.name} now"
@@ -313,7 +327,7 @@ class Executor:
             return None if user is None else user.name
 
         since = job.control.judged_at if ended else None
-        return await self._shared.images.unlink(files, job.control.process, in_use, since)
+        return await self._shared.images.unlink(files, process, in_use, since)
 
     def _verdict_of(
         self, job: Job, live: LiveJob, layers: tuple[LayerRecord, ...]

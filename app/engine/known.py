@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from app.core.chain import Disk
 from app.core.errors import Problem
-from app.core.images import HEADERLESS, Image, ImageUse, format_of, users_of, uses_by
+from app.core.evidence import Process, same_process
+from app.core.images import HEADERLESS, Image, ImageUse, format_of, has_image, users_of, uses_by
+from app.core.sameness import Sameness
 from app.engine.ports.images import ChainUnreadable, Images
 from app.engine.ports.uses import DiskUses
 
@@ -38,6 +40,7 @@ class KnownDisks:
         self._problems: dict[str, Problem] = {}
         self._parts: dict[str, tuple[Disk, ...]] = {}
         self._blind: dict[str, Problem] = {}
+        self._processes: dict[str, Process] = {}
 
     def of(self, domain: str) -> tuple[Disk, ...]:
         """The disks of a domain."""
@@ -47,10 +50,12 @@ class KnownDisks:
         """Why a disk of a domain that is off can't be read."""
         return self._problems.get(domain)
 
-    def note(self, domain: str, disks: tuple[Disk, ...]) -> None:
-        """The disks of a domain were read from its QEMU."""
+    def note(self, domain: str, disks: tuple[Disk, ...], process: Process | None = None) -> None:
+        """The disks of a domain were read from its QEMU, which is that process."""
         self.drop(domain)
         self._disks[domain] = disks
+        if process is not None:
+            self._processes[domain] = process
 
     def without(self, domain: str, name: str) -> None:
         """A disk is not any more what it was when it was read."""
@@ -58,7 +63,7 @@ class KnownDisks:
 
     def drop(self, domain: str) -> None:
         """A domain has no actor any more. What the journal knows of its images stays."""
-        for table in (self._disks, self._off, self._problems, self._parts, self._blind):
+        for table in (self._disks, self._off, self._problems, self._parts, self._blind, self._processes):
             table.pop(domain, None)
 
     def forget(self, domain: str) -> None:
@@ -190,6 +195,20 @@ class KnownDisks:
         """What the journal knows of the domains that have not been read from their QEMUs."""
         live = self._live()
         return [use for (of, _), uses in self._recorded.items() if of not in live for use in uses]
+
+    async def holder_of(self, image: Image, process: Process | None) -> ImageUser | None:
+        """A running domain whose QEMU has the image open, and did not when its disks were read; None if none has.
+
+        QEMU tells nobody of a disk that was plugged in. `process` is who asks.
+        """
+        others = {
+            domain: other
+            for domain, other in self._processes.items()
+            if same_process(other, process) is not Sameness.SAME
+            and not any(has_image(disk, image) for disk in self.of(domain))
+        }
+        found = await self._images.holders(image, others) if others else ()
+        return ImageUser(found[0], f"the QEMU of {found[0]} has it open") if found else None
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.

@@ -100,6 +100,8 @@ class Planner:
             self._strangers(disk, inquiry),
         )
         user = self._shared.known.user_of(Image.of(inquiry.written), self._registration.id, disk)
+        if user is None:
+            user = await self._shared.known.holder_of(Image.of(inquiry.written), process)
         if user is None and strangers.files:
             path = strangers.files[0].path
             why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -39,6 +39,15 @@ def identities(paths: Iterable[str], process: Process | None) -> dict[str, Ident
     """The identities of those files that can be seen; the `paths` are absolute, and those of the process."""
     found = ((path, identity_of(path, process)) for path in paths)
     return {path: identity for path, identity in found if identity is not None}
+
+
+def holders(identity: Identity, processes: Mapping[str, Process]) -> tuple[str, ...]:
+    """The names of those `processes` that can be seen to have the file open."""
+    return tuple(
+        name
+        for name, process in processes.items()
+        if pid_here(process) is not None and identity in (open_files(process) or ())
+    )
 
 
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:

@@ -78,6 +78,15 @@ class LocalImages:
         """Whether `path` is a block device, which does not grow."""
         return path.startswith("/") and await self._do(False, process, allocation.is_device, path, process)
 
+    async def holders(self, image: Image, processes: Mapping[str, Process]) -> tuple[str, ...]:
+        """Those of the `processes`, by the names of their domains, that have the image's file open.
+
+        One that nobody here can see is none: on another host, or in another pid namespace, only QEMU's locks tell.
+        """
+        if image.identity is None:
+            return ()
+        return await self._do(tuple(processes), image.path, identity.holders, image.identity, processes)
+
     async def locked(self, path: str, process: Process | None) -> bool:
         """Whether a process other than `process` holds an image lock on `path`, or nobody can tell in time."""
         return path.startswith("/") and await self._do(True, process, locks.locked_by_another, path, process)

@@ -32,6 +32,7 @@ def offline_disk(domain: str, name: str, image: str, told: Sequence[ImageUse], r
     layers: list[Layer] = []
     path: str | None = image
     expected: str | None = None
+    instead: str | None = None
 
     def unreadable(where: str, why: str, *, blind: bool) -> ChainUnreadable:
         detail = f"the disk {name} can't be read: {where}: {why}"
@@ -48,13 +49,15 @@ def offline_disk(domain: str, name: str, image: str, told: Sequence[ImageUse], r
         except (OSError, ValueError) as error:
             raise unreadable(path, str(error), blind=True) from error
         layers.append(layer)
-        path, expected = None, layer.backing_format
-        if layer.backing is not None:
-            means = meaning(layer.backing, overlay=layer.file)
+        # What a name gives of the image below comes before what that image's own header says.
+        below = layer.backing if instead is None else instead
+        path, expected, instead = None, layer.backing_format if instead is None else None, None
+        if below:
+            means = meaning(below, overlay=layer.file)
             if means is None:
-                raise unreadable(layer.file, f"nobody can tell what {layer.backing[:200]!r} names", blind=True)
+                raise unreadable(layer.file, f"nobody can tell what {below[:200]!r} names", blind=True)
             path = None if means.path is None else posixpath.normpath(means.path)
-            expected = means.driver or expected
+            expected, instead = means.driver or expected, means.backing
     return Disk(name=name, layers=tuple(layers))
 
 

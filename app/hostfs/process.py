@@ -160,11 +160,20 @@ def open_files(process: Process) -> frozenset[Identity] | None:
             except FileNotFoundError:
                 # It was closed meanwhile.
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            if not _is_a_mere_path(pid_here(process), file.name):
+                seen.add((status.st_dev, status.st_ino))
         found = seen
     if alive(process) is False:
         return frozenset()
     return None if found is None else frozenset(found)
+
+
+def _is_a_mere_path(pid: int | None, file: str) -> bool:
+    """Whether the process has the file open as O_PATH, for which it takes no right to the file (open(2))."""
+    with suppress(OSError):
+        flags = next(line for line in Path(f"/proc/{pid}/fdinfo/{file}").read_text().splitlines() if "flags:" in line)
+        return bool(int(flags.split()[1], 8) & os.O_PATH)
+    return False
 
 
 def unlinked_files(process: Process) -> frozenset[str] | None:

@@ -65,6 +65,10 @@ class Images(Protocol):
         """Whether `path` is a block device, which does not grow."""
         ...
 
+    async def holders(self, image: Image, processes: Mapping[str, Process]) -> tuple[str, ...]:
+        """Those of the `processes`, by the names of their domains, that have the image's file open, or may have it."""
+        ...
+
     async def locked(self, path: str, process: Process | None) -> bool:
         """Whether a process other than `process` holds an image lock on `path`."""
         ...

@@ -57,6 +57,7 @@ IMAGES: Final = frozenset(
         "identities",
         "free_bytes",
         "is_device",
+        "holders",
         "locked",
         "undeletable",
         "unlink",

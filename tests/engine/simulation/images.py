@@ -57,6 +57,14 @@ class SimImages:
             return None
         return 0 if self._world.files.full else 1 << 40
 
+    async def holders(self, image: ImageName, processes: Mapping[str, Process]) -> tuple[str, ...]:
+        """Those of the processes that have the file open."""
+        found = self._seen(image.path)
+        if found is None or image.identity != (DEVICE, found.inode):
+            return ()
+        pids = {qemu.process.pid for qemu in self._world.openers(None, found)}
+        return tuple(name for name, process in processes.items() if process.pid in pids)
+
     async def is_device(self, path: str, process: Process | None) -> bool:
         """No image is a block device."""
         await self._delay("is_device")
