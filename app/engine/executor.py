@@ -293,7 +293,9 @@ class Executor:
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
         # Whoever is told of `completed` may delete the merged images at once.
-        if completed and not await self._is_on_the_disk(job):
+        # Of a live base they are not made to wait for what the guest writes.
+        written = tidy.to_delete or kind_of(job.spec).header_file(job.spec)
+        if completed and written and not await self._is_on_the_disk(job):
             why = (
                 f"what was merged into {job.base_file}, or the header that leads there, is not known to be on the disk"
             )
