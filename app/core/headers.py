@@ -14,7 +14,7 @@ NAME_MAX: Final = 1023
 """The longest name that fits into a qcow2 header, in bytes (docs/interop/qcow2.txt)."""
 
 
-OPTIONLESS: Final = frozenset({"driver", "file", "filename", "node-name"})
+OPTIONLESS: Final = frozenset({"driver", "file", "backing", "filename", "node-name"})
 """Members of a described image that say where it is, and nothing of how it is to be read."""
 
 PROTOCOLS: Final = frozenset({"file", "host_device"})
@@ -121,7 +121,7 @@ def _described(text: str, folder: str | None) -> Meaning | None:
     if where is None or carrier is of:
         return where
     backing = _backing(of)
-    options = any(key not in OPTIONLESS and not key.startswith("file.") for key in of)
+    options = any(key not in OPTIONLESS and not key.startswith(("file.", "backing.")) for key in of)
     return replace(where, driver=driver if isinstance(driver, str) else None, options=options, backing=backing)
 
 

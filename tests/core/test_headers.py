@@ -45,22 +45,22 @@ OVERLAY = "/images/web1/s3.qcow2"
         pytest.param('json:{"driver":"file","filename":"/b"}', Meaning(path="/b"), id="json-of-a-protocol"),
         pytest.param(
             'json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/b"}}',
-            Meaning(path="/b", driver="qcow2", options=True, backing=""),
+            Meaning(path="/b", driver="qcow2", backing=""),
             id="json-without-a-backing",
         ),
         pytest.param(
             'json:{"driver":"qcow2","backing":{"driver":"raw"},"file":{"driver":"file","filename":"/b"}}',
-            Meaning(path="/b", driver="qcow2", options=True, backing='json:{"driver": "raw"}'),
+            Meaning(path="/b", driver="qcow2", backing='json:{"driver": "raw"}'),
             id="json-with-another-backing",
         ),
         pytest.param(
             'json:{"driver":"qcow2","backing.file.filename":"/c","file.filename":"/b"}',
-            Meaning(path="/b", driver="qcow2", options=True, backing='json:{"file.filename": "/c"}'),
+            Meaning(path="/b", driver="qcow2", backing='json:{"file.filename": "/c"}'),
             id="json-with-another-backing-in-dots",
         ),
         pytest.param(
             'json:{"driver":"qcow2","backing":"node0","file":{"driver":"file","filename":"/b"}}',
-            Meaning(path="/b", driver="qcow2", options=True, backing='json:"node0"'),
+            Meaning(path="/b", driver="qcow2", backing='json:"node0"'),
             id="json-with-a-node-as-backing",
         ),
         pytest.param('json:{"driver":"raw","file":"node0"}', None, id="json-of-a-node"),

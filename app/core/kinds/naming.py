@@ -12,6 +12,7 @@ order:
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections.abc import Sequence
 from typing import Final
@@ -67,8 +68,9 @@ def header_string(
         detail = f"{overlay.file} is a {overlay.format} image, whose header QEMU can't change; merge the active layer"
         return Problem(code=Code.OVERLAY_NOT_WRITABLE, detail=detail, extra={"file": overlay.file})
     whys: list[str] = []
+    leads_on = _leads_on(selection.disk.layers[selection.base_index :], facts)
     for name in names:
-        why = _unfit(name, overlay, base, facts)
+        why = _unfit(name, overlay, base, facts) or (None if leads_on else _lacks_below(name, overlay, base, facts))
         if why is None:
             return name
         whys.append(f"{_short(name)!r} {why}")
@@ -77,6 +79,27 @@ def header_string(
         detail=f"no name for {base.file} can be written into the header of {overlay.file}: {'; '.join(whys)}",
         extra={"file": overlay.file, "base": base.file},
     )
+
+
+def _leads_on(layers: Sequence[Layer], facts: HeaderFacts) -> bool:
+    """Whether the headers of the base and of what is below name the images over which QEMU has opened them."""
+    for layer, below in itertools.zip_longest(layers, layers[1:]):
+        means = meaning(layer.backing, overlay=layer.file, folder=facts.folder) if layer.backing else None
+        path = None if means is None or means.path is None else posixpath.normpath(means.path)
+        if path != (None if below is None else below.file):
+            return False
+    return True
+
+
+def _lacks_below(name: str, overlay: Layer, base: Layer, facts: HeaderFacts) -> str | None:
+    """Why a name does not say what is below the base, where QEMU's own says that and no header does."""
+    needed, means = (
+        meaning(string, overlay=overlay.file, folder=facts.folder) if string.startswith("json:") else None
+        for string in (base.name, name)
+    )
+    if needed is None or needed.backing is None or (means is not None and means.backing == needed.backing):
+        return None
+    return "does not say over which image QEMU has opened the base, and neither do the headers"
 
 
 def _short(name: str) -> str:
