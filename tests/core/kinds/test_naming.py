@@ -67,6 +67,29 @@ def chosen(names: tuple[str, ...], facts: HeaderFacts, **base: Any) -> str | Pro
     return header_string(selection(request(top="vda[1]"), on), names, facts, given=False)
 
 
+WITHOUT = 'json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/images/base.qcow2"}}'
+PLAIN = 'json:{"driver":"qcow2","file":{"driver":"file","filename":"/images/base.qcow2"}}'
+
+
+@pytest.mark.parametrize(
+    ("base", "names", "taken"),
+    [
+        ({"backing": "stale.qcow2", "name": WITHOUT}, ("base.qcow2", PLAIN, WITHOUT), WITHOUT),
+        ({"backing": "stale.qcow2", "name": WITHOUT}, ("base.qcow2",), None),
+        ({"backing": "nbd://host/x", "name": PLAIN}, ("base.qcow2",), "base.qcow2"),
+        ({"backing": None, "name": WITHOUT}, ("base.qcow2", WITHOUT), "base.qcow2"),
+        ({"backing": "stale.qcow2", "name": "/images/base.qcow2"}, ("base.qcow2",), "base.qcow2"),
+    ],
+)
+def test_a_base_over_another_image_than_its_header_names(
+    base: Mapping[str, Any], names: tuple[str, ...], taken: str | None
+) -> None:
+    """The header has to say what is below the base where the base's own says something else, and only there."""
+    facts = replace(SEEN, named={"base.qcow2": BASE, PLAIN: BASE, WITHOUT: BASE})
+    found = chosen(names, facts, **base)
+    assert (None if isinstance(found, Problem) else found) == taken
+
+
 @pytest.mark.parametrize(
     ("names", "facts", "base", "taken"),
     [
