@@ -99,7 +99,8 @@ def gathered_starting(job: Job, event: Input, now: int) -> Step:
         if job.control.rejection is not None:
             return rejected(job, Rejected(job.control.rejection), now)
         return Step(replace(job, control=replace(job.control, start_again=True)), (), (Command.START,))
-    if proof is not Proof.UNKNOWN:
+    if proof is not Proof.UNKNOWN or event.evidence.process is not Sameness.SAME:
+        # Another QEMU's chain says nothing of whether the command got through to the one before.
         started = accepted(job, event, now)
         control = replace(started.job.control, verdict=Verdict.VANISHED)
         done = replace(started.job, state=State.CONCLUDING, control=control)
