@@ -292,8 +292,8 @@ class Executor:
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
-        # Whoever is told of `completed` may delete the merged images at once.
-        # Of a live base they are not made to wait for what the guest writes.
+        # Whoever is told of `completed` may delete the merged images at once. Nobody is made to wait for what a guest
+        # writes to a live base where nothing is deleted.
         written = tidy.to_delete or kind_of(job.spec).header_file(job.spec)
         if completed and written and not await self._is_on_the_disk(job):
             why = (
@@ -317,11 +317,11 @@ class Executor:
         # Snapshots may have been taken since, also while nobody was here, and be called as merged files were.
         disks = () if self._connection.runner is None else await self._disks.read()
         process = job.control.process
-        holders = {image: await self._shared.known.holder_of(image, process) for image in files.values()}
+        holders = await self._shared.known.holders(tuple(files.values()), process)
 
         def in_use(image: Image) -> str | None:
-            if (holder := holders[image]) is not None:
-                return holder.name
+            if image in holders:
+                return holders[image].name
             own = next((disk for disk in disks if has_image(disk, image)), None)
             if own is not None:
                 return f"{job.domain}/{own.name} now"

@@ -196,8 +196,8 @@ class KnownDisks:
         live = self._live()
         return [use for (of, _), uses in self._recorded.items() if of not in live for use in uses]
 
-    async def holder_of(self, image: Image, process: Process | None) -> ImageUser | None:
-        """A running domain whose QEMU has the image open, and did not when its disks were read; None if none has.
+    async def holders(self, images: Sequence[Image], process: Process | None) -> Mapping[Image, ImageUser]:
+        """The running domains whose QEMUs have one of the images open, and did not when their disks were read.
 
         QEMU tells nobody of a disk that was plugged in. `process` is who asks.
         """
@@ -205,10 +205,15 @@ class KnownDisks:
             domain: other
             for domain, other in self._processes.items()
             if same_process(other, process) is not Sameness.SAME
-            and not any(has_image(disk, image) for disk in self.of(domain))
         }
-        found = await self._images.holders(image, others) if others else ()
-        return ImageUser(found[0], f"the QEMU of {found[0]} has it open") if found else None
+        if not others:
+            return {}
+        found: dict[Image, ImageUser] = {}
+        for image, domains in (await self._images.holders(images, others)).items():
+            for domain in domains:
+                if not any(has_image(disk, image) for disk in self.of(domain)):
+                    found.setdefault(image, ImageUser(domain, f"the QEMU of {domain} has it open"))
+        return found
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.

@@ -99,9 +99,10 @@ class Planner:
             self._connection.require().survey(inquiry.probe),
             self._strangers(disk, inquiry),
         )
-        user = self._shared.known.user_of(Image.of(inquiry.written), self._registration.id, disk)
+        written = Image.of(inquiry.written)
+        user = self._shared.known.user_of(written, self._registration.id, disk)
         if user is None:
-            user = await self._shared.known.holder_of(Image.of(inquiry.written), process)
+            user = (await self._shared.known.holders((written,), process)).get(written)
         if user is None and strangers.files:
             path = strangers.files[0].path
             why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"

@@ -17,7 +17,7 @@ from app.core.sameness import Sameness, same
 from app.hostfs.credentials import may_unlink_as, unlink_as
 from app.hostfs.locks import is_locked
 from app.hostfs.opening import born_at
-from app.hostfs.process import open_files, open_folder, pid_here
+from app.hostfs.process import files_seen_open, open_folder
 from app.hostfs.roots import Roots
 
 
@@ -71,15 +71,11 @@ def _why_another(folder: int, name: str, image: Image, process: Process | None, 
         if since is not None and found.st_mtime_ns // 1_000_000 > since:
             return "it was written to after the merge, and may be another image by now"
         # The domain's own QEMU has let go of what was merged: what it has open under this name is something else.
-        if _has_open(process, (found.st_dev, found.st_ino)) or is_locked(file, None):
+        if (found.st_dev, found.st_ino) in files_seen_open(process) or is_locked(file, None):
             return "a process has it open"
     finally:
         os.close(file)
     return None
-
-
-def _has_open(process: Process | None, identity: Identity) -> bool:
-    return process is not None and pid_here(process) is not None and identity in (open_files(process) or ())
 
 
 def _why_not(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,7 +15,7 @@ from app.core.evidence import Process
 from app.core.images import Image
 from app.hostfs.locks import locked_files
 from app.hostfs.opening import born_at
-from app.hostfs.process import as_seen_by, open_files, opened_path, pid_here, unlinked_files
+from app.hostfs.process import as_seen_by, files_seen_open, open_files, opened_path, pid_here, unlinked_files
 
 TEMPORARY: Final = "vl."
 """How the names of `-snapshot`'s overlays begin (block.c: bdrv_append_temp_snapshot)."""
@@ -41,13 +41,10 @@ def identities(paths: Iterable[str], process: Process | None) -> dict[str, Ident
     return {path: identity for path, identity in found if identity is not None}
 
 
-def holders(identity: Identity, processes: Mapping[str, Process]) -> tuple[str, ...]:
-    """The names of those `processes` that can be seen to have the file open."""
-    return tuple(
-        name
-        for name, process in processes.items()
-        if pid_here(process) is not None and identity in (open_files(process) or ())
-    )
+def holders(images: Sequence[Image], processes: Mapping[str, Process]) -> dict[Image, tuple[str, ...]]:
+    """For each image the names of those `processes` that can be seen to have its file open."""
+    held = {name: files_seen_open(process) for name, process in processes.items()}
+    return {image: tuple(name for name, files in held.items() if image.identity in files) for image in images}
 
 
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:

@@ -78,14 +78,18 @@ class LocalImages:
         """Whether `path` is a block device, which does not grow."""
         return path.startswith("/") and await self._do(False, process, allocation.is_device, path, process)
 
-    async def holders(self, image: Image, processes: Mapping[str, Process]) -> tuple[str, ...]:
-        """Those of the `processes`, by the names of their domains, that have the image's file open.
+    async def holders(
+        self, images: Sequence[Image], processes: Mapping[str, Process]
+    ) -> Mapping[Image, tuple[str, ...]]:
+        """For each image those of the `processes`, by the names of their domains, that have its file open.
 
         One that nobody here can see is none: on another host, or in another pid namespace, only QEMU's locks tell.
         """
-        if image.identity is None:
-            return ()
-        return await self._do(tuple(processes), image.path, identity.holders, image.identity, processes)
+        seen = [image for image in images if image.identity is not None]
+        if not seen:
+            return {}
+        all_of_them = dict.fromkeys(seen, tuple(processes))
+        return await self._do(all_of_them, seen[0].path, identity.holders, seen, processes)
 
     async def locked(self, path: str, process: Process | None) -> bool:
         """Whether a process other than `process` holds an image lock on `path`, or nobody can tell in time."""

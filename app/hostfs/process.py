@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -156,11 +157,12 @@ def open_files(process: Process) -> frozenset[Identity] | None:
         seen: set[Identity] = set()
         for file in files:
             try:
-                status = file.stat()
+                status, link = file.stat(), file.stat(follow_symlinks=False)
             except FileNotFoundError:
                 # It was closed meanwhile.
                 continue
-            if not _is_a_mere_path(pid_here(process), file.name):
+            # The rights of the link are those with which the file is open (proc(5)): none for O_PATH, which takes none.
+            if link.st_mode & (stat.S_IRUSR | stat.S_IWUSR):
                 seen.add((status.st_dev, status.st_ino))
         found = seen
     if alive(process) is False:
@@ -168,12 +170,11 @@ def open_files(process: Process) -> frozenset[Identity] | None:
     return None if found is None else frozenset(found)
 
 
-def _is_a_mere_path(pid: int | None, file: str) -> bool:
-    """Whether the process has the file open as O_PATH, for which it takes no right to the file (open(2))."""
-    with suppress(OSError):
-        flags = next(line for line in Path(f"/proc/{pid}/fdinfo/{file}").read_text().splitlines() if "flags:" in line)
-        return bool(int(flags.split()[1], 8) & os.O_PATH)
-    return False
+def files_seen_open(process: Process | None) -> frozenset[Identity]:
+    """The files that the process can be seen to have open; none where it, or what it has, can't be seen."""
+    if process is None or pid_here(process) is None:
+        return frozenset()
+    return open_files(process) or frozenset()
 
 
 def unlinked_files(process: Process) -> frozenset[str] | None:

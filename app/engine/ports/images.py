@@ -65,8 +65,13 @@ class Images(Protocol):
         """Whether `path` is a block device, which does not grow."""
         ...
 
-    async def holders(self, image: Image, processes: Mapping[str, Process]) -> tuple[str, ...]:
-        """Those of the `processes`, by the names of their domains, that have the image's file open, or may have it."""
+    async def holders(
+        self, images: Sequence[Image], processes: Mapping[str, Process]
+    ) -> Mapping[Image, tuple[str, ...]]:
+        """For each image those of the `processes`, by the names of their domains, that have its file open, or may have.
+
+        An image that can't be seen is left out.
+        """
         ...
 
     async def locked(self, path: str, process: Process | None) -> bool:

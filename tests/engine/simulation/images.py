@@ -57,13 +57,17 @@ class SimImages:
             return None
         return 0 if self._world.files.full else 1 << 40
 
-    async def holders(self, image: ImageName, processes: Mapping[str, Process]) -> tuple[str, ...]:
-        """Those of the processes that have the file open."""
-        found = self._seen(image.path)
-        if found is None or image.identity != (DEVICE, found.inode):
-            return ()
-        pids = {qemu.process.pid for qemu in self._world.openers(None, found)}
-        return tuple(name for name, process in processes.items() if process.pid in pids)
+    async def holders(
+        self, images: Sequence[ImageName], processes: Mapping[str, Process]
+    ) -> Mapping[ImageName, tuple[str, ...]]:
+        """For each image those of the processes that have its file open."""
+        found: dict[ImageName, tuple[str, ...]] = {}
+        for image in images:
+            seen = self._seen(image.path)
+            if seen is not None and image.identity == (DEVICE, seen.inode):
+                pids = {qemu.process.pid for qemu in self._world.openers(None, seen)}
+                found[image] = tuple(name for name, process in processes.items() if process.pid in pids)
+        return found
 
     async def is_device(self, path: str, process: Process | None) -> bool:
         """No image is a block device."""
