@@ -22,9 +22,9 @@ def growth(target: Layer, size: int, new: int, *, crowded: bool = False) -> int:
     added, full = -(-new // cluster), -(-size // cluster)
     tables = -(-size // (cluster * cluster // 8))
     least = new + _metadata(added, min(added, tables), tables, cluster)
-    return (
-        least if crowded else min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))
-    )
+    if crowded:
+        return least
+    return min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))
 
 
 def _metadata(clusters: int, l2: int, entries: int, cluster: int) -> int:

@@ -77,9 +77,9 @@ class Facts:
     `shared_with` names the other disk, or the file, that uses the written layer; `shared_because` says how that is
     known. `overlays_searched`: the folders that the service may look into were searched for such files. `locked` says
     that another process has it open. `bytes_to_copy` and `new_bytes` (those of them that have no place in the written
-    layer yet) come from the images' own maps; `crowded`: its compressed clusters, and those of internal snapshots,
-    stay; without them the plan reckons with the layers' sizes on disk. `undeletable` are files that a deletion would
-    leave, each with the reason.
+    layer yet) come from the images' own maps; without them the plan reckons with the layers' sizes on disk. `crowded`:
+    the maps show that clusters of the written layer stay when they are written over. `undeletable` are
+    files that a deletion would leave, each with the reason.
     """
 
     shared_with: str | None = None

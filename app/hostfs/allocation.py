@@ -191,17 +191,21 @@ async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: Q
     depth, cluster = len(layers) - 1, layers[-1].cluster_size
     # What is compressed, or also an internal snapshot's, is not written over in its place (block/qcow2-cluster.c:
     # count_single_write_clusters). Of what is compressed QEMU before 8.2 tells no more than that it has no offset.
+    shared = layers[-1].snapshots > 0
     held = [entry for entry in base_map if entry["data"]]
-    free_to_write = [entry for entry in held if "offset" in entry and not entry.get("compressed")]
-    crowded = len(free_to_write) < len(held) or layers[-1].snapshots > 0
-    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in free_to_write if not layers[-1].snapshots]
+    in_place = [] if shared else [each for each in held if "offset" in each and not each.get("compressed")]
+    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in in_place]
     copied = [
         (entry["start"], entry["start"] + entry["length"])
         for entry in top_map
         if entry["depth"] < depth and entry.get("present", True)
     ]
     new = new_bytes(copied, taken, cluster)
-    return Measure(bytes_to_copy=sum(end - start for start, end in copied), new_bytes=new, crowded=crowded)
+    return Measure(
+        bytes_to_copy=sum(end - start for start, end in copied),
+        new_bytes=new,
+        crowded=shared or len(in_place) < len(held),
+    )
 
 
 def _described(driver: str, judged: Judged) -> dict[str, object]:

@@ -70,7 +70,7 @@ def header_string(
     whys: list[str] = []
     leads_on = _leads_on(selection.disk.layers[selection.base_index :], facts)
     for name in names:
-        why = _unfit(name, overlay, base, facts) or (None if leads_on else _lacks_below(name, overlay, base, facts))
+        why = _unfit(name, overlay, base, facts, leads_on=leads_on)
         if why is None:
             return name
         whys.append(f"{_short(name)!r} {why}")
@@ -91,22 +91,11 @@ def _leads_on(layers: Sequence[Layer], facts: HeaderFacts) -> bool:
     return True
 
 
-def _lacks_below(name: str, overlay: Layer, base: Layer, facts: HeaderFacts) -> str | None:
-    """Why a name does not say what is below the base, where QEMU's own says that and no header does."""
-    needed, means = (
-        meaning(string, overlay=overlay.file, folder=facts.folder) if string.startswith("json:") else None
-        for string in (base.name, name)
-    )
-    if needed is None or needed.backing is None or (means is not None and means.backing == needed.backing):
-        return None
-    return "does not say over which image QEMU has opened the base, and neither do the headers"
-
-
 def _short(name: str) -> str:
     return name if len(name) <= 200 else f"{name[:200]}…"
 
 
-def _unfit(name: str, overlay: Layer, base: Layer, facts: HeaderFacts) -> str | None:
+def _unfit(name: str, overlay: Layer, base: Layer, facts: HeaderFacts, *, leads_on: bool) -> str | None:
     length, room = len(name.encode(errors="replace")), NAME_MAX if facts.room is None else facts.room
     if length > room:
         return f"has {length} bytes, and the header of the overlay has room for {room}"
@@ -116,6 +105,9 @@ def _unfit(name: str, overlay: Layer, base: Layer, facts: HeaderFacts) -> str | 
     needed = meaning(base.name, overlay=overlay.file, folder=facts.folder) if base.name.startswith("json:") else None
     if needed is not None and needed.options and (means is None or not means.options):
         return "lacks the options with which QEMU has opened the base"
+    below = None if leads_on or needed is None else needed.backing
+    if below is not None and (means is None or means.backing != below):
+        return "does not say over which image QEMU has opened the base, and neither do the headers"
     found = same(facts.named.get(name), base.identity)
     if found is Sameness.SAME:
         return None

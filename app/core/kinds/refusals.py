@@ -23,6 +23,7 @@ def refused(selection: LayersSelection, facts: Facts) -> Problem | None:
     return (
         _shared(selection, facts)
         or _migrating(facts)
+        or _tracked(selection)
         or _in_use(selection, facts)
         or _read_only(selection, facts)
         or _corrupt(selection)
@@ -109,17 +110,6 @@ def _in_use(selection: LayersSelection, facts: Facts) -> Problem | None:
             "would not change; remove the filter, then try again",
             extra={"node": selection.top.node, "used_by": name},
         )
-    tracked = next((layer for layer in selection.merged if "" in layer.tracking), None)
-    if tracked is not None and selection.active:
-        # When it closes the node, QEMU aborts itself (block.c: bdrv_close), and the guest with it.
-        above = selection.disk.layers[0].filters
-        name = above[-1] if above else "another node or job"
-        return Problem(
-            code=Code.NODE_IN_USE,
-            detail=f"{name} keeps a dirty bitmap on {tracked.file}, without which QEMU can't let go of it after the "
-            "pivot; end the backup that it belongs to (remove its filter), then try again",
-            extra={"node": tracked.node, "used_by": name},
-        )
     root = selection.disk.node
     above = [parent for parent in facts.survey.parents.get(root or "", ()) if parent.kind == "block-driver"]
     users = [(root, parent.name) for parent in above]
@@ -134,6 +124,21 @@ def _in_use(selection: LayersSelection, facts: Facts) -> Problem | None:
         code=Code.NODE_IN_USE,
         detail=f"{user} uses the node {node}, which the merge would take away from it; end that use, then try again",
         extra={"node": node, "used_by": user},
+    )
+
+
+def _tracked(selection: LayersSelection) -> Problem | None:
+    """A pivot has QEMU close the merged nodes. With another node's bitmap on one it aborts (block.c: bdrv_close)."""
+    layer = next((layer for layer in selection.merged if "" in layer.tracking), None)
+    if layer is None or not selection.active:
+        return None
+    filters = selection.top.filters
+    name = filters[-1] if filters else "another node or job"
+    return Problem(
+        code=Code.NODE_IN_USE,
+        detail=f"{name} keeps a dirty bitmap on {layer.file}, without which QEMU can't let go of it after the pivot; "
+        "end the backup that it belongs to (remove its filter), then try again",
+        extra={"node": layer.node, "used_by": name},
     )
 
 
