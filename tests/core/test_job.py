@@ -937,6 +937,17 @@ def test_the_start_is_lost_and_the_chain_is_merged() -> None:
     assert story.versions == sorted(set(story.versions))
 
 
+@pytest.mark.parametrize("process", [Sameness.OTHER, Sameness.UNKNOWN])
+def test_the_start_is_lost_and_the_chain_of_another_qemu_is_another(process: Sameness) -> None:
+    """It says nothing of whether the command got through to the QEMU before: another client may have completed it."""
+    story = Story(intermediate_job())
+    story.on(Launch(PROCESS))
+    story.on(Absent())
+    found = shows(Proof.UNKNOWN)
+    assert story.on(replace(found, evidence=replace(found.evidence, process=process))) == ("clean-up",)
+    assert ending_of(story.job) is State.LOST
+
+
 def test_the_start_is_lost_and_the_chain_is_another() -> None:
     """A job is not started on a chain that it was not accepted for."""
     story = Story(intermediate_job())

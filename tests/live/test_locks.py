@@ -43,27 +43,41 @@ while True:
 """
 
 
-def test_own_locks_among_many_that_change(tmp_path: Path) -> None:
-    """Locks that others take and drop all the while don't make a process's own ones look like another's."""
-    names = [str(tmp_path / str(number)) for number in range(200)]
+@contextmanager
+def churning(folder: Path, processes: int) -> Generator[None]:
+    """Processes that take and drop the locks of 200 files all the while."""
+    names = [str(folder / str(number)) for number in range(200)]
     for name in names:
         Path(name).touch()
-    me = Process(pid=os.getpid(), started=start_time(os.getpid()), uuid=None)
+    command = [sys.executable, "-c", CHURN, *names]
+    churns = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(processes)]
+    try:
+        for churn in churns:
+            assert churn.stdout is not None
+            churn.stdout.readline()
+        yield
+    finally:
+        for churn in churns:
+            churn.kill()
+            churn.communicate()
+
+
+def me() -> Process:
+    """This process."""
+    return Process(pid=os.getpid(), started=start_time(os.getpid()), uuid=None)
+
+
+def test_own_locks_among_many_that_change(tmp_path: Path) -> None:
+    """Locks that others take and drop all the while don't make a process's own ones look like another's."""
     image = tmp_path / "image"
     with image.open("w+b") as file:
         for byte in (WRITE, UNSHARED_WRITE):
             fcntl.fcntl(file, OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0))
-        churn = subprocess.Popen([sys.executable, "-c", CHURN, *names], stdout=subprocess.PIPE)
-        try:
-            assert churn.stdout is not None
-            churn.stdout.readline()
+        with churning(tmp_path, 1):
             # A single look is wrong once in five times here.
             until = time.monotonic() + 5
             while time.monotonic() < until:
-                assert not is_locked(image, me)
-        finally:
-            churn.kill()
-            churn.communicate()
+                assert not is_locked(image, me())
         assert is_locked(image, None)
 
 
@@ -109,22 +123,9 @@ def test_the_only_holder(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_holder_among_many_locks_that_change(image: Path, tmp_path: Path) -> None:
     """A lock that the kernel's list leaves out for a moment is there all the same."""
-    names = [str(tmp_path / str(number)) for number in range(200)]
-    for name in names:
-        Path(name).touch()
-    me = Process(pid=os.getpid(), started=start_time(os.getpid()), uuid=None)
-    churns = [subprocess.Popen([sys.executable, "-c", CHURN, *names], stdout=subprocess.PIPE) for _ in range(2)]
-    try:
-        for churn in churns:
-            assert churn.stdout is not None
-            churn.stdout.readline()
-        with holder(image):
-            for asking in (None, me):
-                assert all(is_locked(image, asking) for _ in range(30))
-    finally:
-        for churn in churns:
-            churn.kill()
-            churn.communicate()
+    with churning(tmp_path, 2), holder(image):
+        for asking in (None, me()):
+            assert all(is_locked(image, asking) for _ in range(30))
 
 
 def test_another_holder(image: Path) -> None:

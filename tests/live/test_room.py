@@ -53,6 +53,20 @@ def dry(service: Service, domain: str) -> JSON:
     return service.client.post(f"/domains/{domain}/disks/vda/commit?dry_run=true", json=ACTIVE).json()
 
 
+def written_over(folder: Path, base: Path, size: str, *options: str) -> tuple[Path, bytes]:
+    """An overlay that hides the first `size` bytes of a full base of 8 MiB, and what the base shows.
+
+    `options` are those with which qemu-img makes the base.
+    """
+    raw, overlay = folder / "raw", folder / "overlay.qcow2"
+    shown = b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128))
+    raw.write_bytes(shown)
+    run("qemu-img", "convert", *options, "-O", "qcow2", raw, base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    run("qemu-io", "-f", "qcow2", "-c", f"write -q -P 9 0 {size}", overlay)
+    return overlay, shown
+
+
 @pytest.mark.parametrize("clusters", [24, 104])
 def test_a_qcow2_image_on_a_device(service: Service, boot: Boot, domain: str, folder: Path, clusters: int) -> None:
     """https://github.com/oVirt/vdsm/issues/352: the room is that of the device, not of the file system of /dev."""
@@ -80,13 +94,10 @@ def test_a_qcow2_image_on_a_device(service: Service, boot: Boot, domain: str, fo
 @pytest.mark.parametrize("kind", ["compressed", "snapshot", "plain"])
 def test_what_stays_when_it_is_written_over(service: Service, boot: Boot, domain: str, folder: Path, kind: str) -> None:
     """https://github.com/oVirt/vdsm/pull/418: compressed clusters, and those of a snapshot, get new places."""
-    raw, base, overlay = folder / "raw", folder / "base.qcow2", folder / "overlay.qcow2"
-    raw.write_bytes(b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128)))
-    run("qemu-img", "convert", *(["-c"] if kind == "compressed" else []), "-O", "qcow2", raw, base)
+    base = folder / "base.qcow2"
+    overlay, shown = written_over(folder, base, "4M", *(["-c"] if kind == "compressed" else []))
     if kind == "snapshot":
         run("qemu-img", "snapshot", "-c", "before", base)
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
-    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 4M", overlay)
     before = base.stat().st_blocks * 512
     qemu = boot(attached(overlay))
     plan = dry(service, domain)
@@ -96,17 +107,13 @@ def test_what_stays_when_it_is_written_over(service: Service, boot: Boot, domain
     grown = base.stat().st_blocks * 512 - before
     assert grown <= plan["base_growth_max"]
     assert (grown >= 4 * MIB) is (kind != "plain")
-    assert_same(read_image(base), b"\x09" * 4 * MIB + raw.read_bytes()[4 * MIB :])
+    assert_same(read_image(base), b"\x09" * 4 * MIB + shown[4 * MIB :])
 
 
 def test_a_compressed_base_without_room(service: Service, boot: Boot, domain: str, folder: Path) -> None:
     """The plan refuses what would fail in the middle."""
     with small_file_system(folder, 6 * MIB) as small:
-        raw, base, overlay = folder / "raw", small / "base.qcow2", folder / "overlay.qcow2"
-        raw.write_bytes(b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128)))
-        run("qemu-img", "convert", "-c", "-O", "qcow2", raw, base)
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
-        run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 8M", overlay)
+        overlay, _ = written_over(folder, small / "base.qcow2", "8M", "-c")
         qemu = boot(attached(overlay))
         assert dry(service, domain)["code"] == "insufficient-storage"
         qemu.quit()
