@@ -367,7 +367,9 @@ def test_unreachable(host: Service, tmp_path: Path) -> None:
         with sse(host.client, "/domains/stale/events?types=domain.disconnected") as events:
             qemu.kill()
             told = next(events)
-            assert (told["event"], told["data"]["data"]["state"]) == ("domain.disconnected", "shutoff")
+            # A process that is ending lets go of its socket before it has ended, and only the end makes it `shutoff`.
+            assert told["event"] == "domain.disconnected"
+            assert told["data"]["data"]["state"] in {"unreachable", "shutoff"}
         assert qemu.monitor.is_socket()
         stale = host.wait_for_domain("stale", "shutoff", seconds=3)
         assert (stale["error"], stale["qemu"]) == (None, None)

@@ -149,7 +149,9 @@ def test_what_a_domain_tells(host: Service, chain: Chain) -> None:
     for event in events:
         told = event["data"]
         assert (told["source"], told["subject"], told["data"]["id"]) == ("/domains/teller", "domains/teller", "teller")
-    assert [event["data"]["data"]["state"] for event in events[1:3]] == ["paused", "shutoff"]
+    connected, disconnected = (event["data"]["data"]["state"] for event in events[1:3])
+    # A process that is ending lets go of its socket before it has ended, and only the end makes it `shutoff`.
+    assert (connected, disconnected in {"unreachable", "shutoff"}) == ("paused", True)
     assert events[1]["data"]["data"]["disks"] == ["vda"]
 
 
