@@ -28,9 +28,10 @@ class Layer:
     seen, and does not have the file open. `folder` is the file's folder with symlinks resolved.
     `name` is QEMU's own name of the image (`json:{…}` where a path alone does not say all), empty where QEMU was not
     asked. `data_file` is the file that holds the data of an image whose own file holds none of it. `corrupt`,
-    `snapshots` (how many internal ones), `bitmaps` (the names of persistent ones) and `version_2` are what a qcow2
-    image says of itself. `tracking` are the names of the dirty bitmaps that QEMU keeps of it now; one without a name
-    belongs to another node. `read_only` says whether QEMU has it open for reading only.
+    `dirty` (its last writer did not close it, or has it open), `snapshots` (how many internal ones), `bitmaps` (the
+    names of persistent ones) and `version_2` are what a qcow2 image says of itself. `tracking` are the names of the
+    dirty bitmaps that QEMU keeps of it now; one without a name belongs to another node. `read_only` says whether QEMU
+    has it open for reading only.
     `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
     (protocol node last), both as QEMU names them.
     """
@@ -51,6 +52,7 @@ class Layer:
     name: str = ""
     data_file: str | None = None
     corrupt: bool = False
+    dirty: bool = False
     snapshots: int = 0
     bitmaps: tuple[str, ...] = ()
     tracking: tuple[str, ...] = ()

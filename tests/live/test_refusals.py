@@ -313,6 +313,45 @@ def test_an_image_that_is_marked_corrupt(
     assert problem["file"] == str(image)
 
 
+def killed_while_writing(image: Path, backing: Path | None) -> None:
+    """Make an image with lazy refcounts of 8 MiB whose writer was killed: its first 2 MiB are in use, and uncounted."""
+    under = [] if backing is None else ["-b", backing, "-F", "qcow2"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", *under, image, "8M")
+    writes = ("-c", "write -q -P 1 0 2M", "-c", "flush", "-c", "abort")
+    assert subprocess.run(["qemu-io", "-f", "qcow2", *writes, image], check=False, capture_output=True).returncode != 0
+    assert '"dirty-flag": true' in run("qemu-img", "info", "--output=json", image)
+
+
+@pytest.mark.parametrize(
+    ("dirty", "body", "code"),
+    [(0, ACTIVE, "image-corrupt"), (0, BELOW, "image-corrupt"), (2, {"top": "vda[2]"}, "overlay-not-writable")],
+)
+def test_an_image_whose_writer_was_killed(
+    service: Service, boot: Boot, domain: str, folder: Path, *, dirty: int, body: JSON, code: str
+) -> None:
+    """Lazy reference counts that are behind: QEMU would give out places that are in use, and forget that they are."""
+    images = [folder / f"{number}.qcow2" for number in range(4)]
+    for number, image in enumerate(images):
+        under = images[number - 1] if number else None
+        if number == dirty:
+            killed_while_writing(image, under)
+        else:
+            backing = [] if under is None else ["-b", under, "-F", "qcow2"]
+            run("qemu-img", "create", "-q", "-f", "qcow2", *backing, image, "8M")
+            run("qemu-io", "-f", "qcow2", "-c", f"write -q -P {number + 2} {number + 2}M 1M", image)
+    shown = read_image(images[3])
+    qemu = boot(opened(images[3]))
+    assert refused(service, domain, code, body)["file"] == str(images[dirty])
+    qemu.quit()
+    assert '"dirty-flag": true' in run("qemu-img", "info", "--output=json", images[dirty]), "it was repaired by nobody"
+    run("qemu-img", "check", "-q", "-r", "all", images[dirty])
+    qemu = boot(opened(images[3]))
+    done(service, domain, body)
+    qemu.quit()
+    assert_same(read_image(images[0] if body == ACTIVE else images[3]), shown)
+    run("qemu-img", "check", "-q", images[dirty])
+
+
 def test_snapshots_and_bitmaps_in_merged_layers(service: Service, boot: Boot, domain: str, chain: Chain) -> None:
     """What a merge loses is told, and an image with internal snapshots is not deleted."""
     run("qemu-img", "snapshot", "-c", "one", chain.images[1])

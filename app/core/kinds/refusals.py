@@ -158,11 +158,29 @@ def _read_only(selection: LayersSelection, facts: Facts) -> Problem | None:
 def _corrupt(selection: LayersSelection) -> Problem | None:
     layer = next((layer for layer in (*selection.merged, selection.base) if layer.corrupt), None)
     if layer is None:
-        return None
+        return _uncounted(selection.base, Code.IMAGE_CORRUPT) if _is_uncounted(selection.base) else None
     return Problem(
         code=Code.IMAGE_CORRUPT,
         detail=f"{layer.file} is marked corrupt: QEMU would not open it for writing the next time; repair it offline "
         "(qemu-img check -r all), or copy what can be read of it",
+        extra={"file": layer.file},
+    )
+
+
+def _is_uncounted(layer: Layer) -> bool:
+    """Whether its reference counts are behind (lazy_refcounts, a killed writer): writing takes used places for free.
+
+    QEMU counts anew when it opens an image for writing; where it has it open for reading only, and makes that writable,
+    it does not, and takes the mark away afterwards (block/qcow2.c: qcow2_do_open, qcow2_reopen_prepare).
+    """
+    return layer.dirty and layer.read_only
+
+
+def _uncounted(layer: Layer, code: Code) -> Problem:
+    return Problem(
+        code=code,
+        detail=f"the last program that wrote to {layer.file} did not close it, and QEMU would write over what it "
+        "holds; repair it offline (qemu-img check -r all), then try again",
         extra={"file": layer.file},
     )
 
@@ -203,6 +221,8 @@ def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
 
 def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
     overlay = selection.overlay
+    if overlay is not None and _is_uncounted(overlay):
+        return _uncounted(overlay, Code.OVERLAY_NOT_WRITABLE)
     words = None if overlay is None else facts.survey.unwritable.get(overlay.node)
     if overlay is None or words is None:
         return None
@@ -216,10 +236,11 @@ def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
 def to_probe(selection: LayersSelection) -> tuple[str, ...]:
     """The nodes that QEMU has open for reading only, and that the merge has it open for writing.
 
-    An image with persistent bitmaps is left alone: it is written to when it is opened for writing.
+    An image with persistent bitmaps is left alone: it is written to when it is opened for writing. So is one that is
+    dirty: the mark would be gone afterwards, and nothing repaired.
     """
     written = [selection.base] + ([] if selection.overlay is None else [selection.overlay])
-    return tuple(layer.node for layer in written if layer.read_only and not layer.bitmaps)
+    return tuple(layer.node for layer in written if layer.read_only and not (layer.bitmaps or layer.dirty))
 
 
 def no_room(demand: Demand, free: int | None) -> Problem | None:

@@ -70,6 +70,7 @@ class Node:
     backing_format: str | None
     data_file: str | None = None
     corrupt: bool = False
+    dirty: bool = False
     snapshots: int = 0
     bitmaps: tuple[str, ...] = ()
     version_2: bool = False
@@ -127,6 +128,7 @@ def _image(image: Members, node: str, driver: str, file: str, *, read_only: bool
         backing_format=optional(image, "backing-filename-format", name),
         data_file=specific.data_file,
         corrupt=specific.corrupt,
+        dirty=optional(image, "dirty-flag", boolean) or False,
         snapshots=len(optional(image, "snapshots", list_of(members)) or ()),
         bitmaps=specific.bitmaps,
         version_2=specific.version_2,
@@ -137,7 +139,7 @@ def _image(image: Members, node: str, driver: str, file: str, *, read_only: bool
 IMAGE: Final = frozenset(
     {
         *("virtual-size", "actual-size", "cluster-size", "backing-filename", "backing-filename-format"),
-        *("snapshots", "format-specific"),
+        *("snapshots", "format-specific", "dirty-flag"),
     }
 )
 """The members of an image that are used."""

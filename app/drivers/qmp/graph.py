@@ -197,6 +197,7 @@ def _layer(
         name=node.file,
         data_file=node.data_file,
         corrupt=node.corrupt,
+        dirty=node.dirty,
         snapshots=node.snapshots,
         bitmaps=node.bitmaps,
         tracking=node.tracking,

@@ -123,12 +123,23 @@ def test_what_is_probed() -> None:
     assert commit.inquiry(selection(BELOW, on)).probe == ("n0", "n3")
     assert commit.inquiry(selection(ACTIVE, on)).probe == ("n0",)
     assert commit.inquiry(selection(BELOW, layers(n0={"read_only": True, "bitmaps": ("b",)}))).probe == ()
+    assert commit.inquiry(selection(BELOW, layers(n0={"read_only": True, "dirty": True}))).probe == ()
 
 
 @pytest.mark.parametrize(("node", "refused"), [("n3", False), ("n2", True), ("n1", True), ("n0", True)])
 def test_a_corrupt_image(node: str, *, refused: bool) -> None:
     """The base and the merged images are looked at; the overlay stays as it is."""
     assert code(BELOW, layers(**{node: {"corrupt": True}})) is (Code.IMAGE_CORRUPT if refused else None)
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [("n3", Code.OVERLAY_NOT_WRITABLE), ("n2", None), ("n1", None), ("n0", Code.IMAGE_CORRUPT)],
+)
+def test_an_image_whose_writer_was_killed(node: str, expected: Code | None) -> None:
+    """QEMU would take used clusters for free where it writes to it; merged images are only read."""
+    assert code(BELOW, layers(**{node: {"dirty": True, "read_only": True}})) is expected
+    assert code(BELOW, layers(**{node: {"dirty": True}})) is None, "QEMU has repaired it, as it has it open for writing"
 
 
 @pytest.mark.parametrize(
