@@ -78,8 +78,8 @@ class Facts:
     known. `overlays_searched`: the folders that the service may look into were searched for such files. `locked` says
     that another process has it open. `bytes_to_copy` and `new_bytes` (those of them that have no place in the written
     layer yet) come from the images' own maps; without them the plan reckons with the layers' sizes on disk. `crowded`:
-    the maps show that clusters of the written layer stay when they are written over. `undeletable` are
-    files that a deletion would leave, each with the reason.
+    clusters of the written layer stay when they are written over, as far as is known without the maps or by them.
+    `undeletable` are files that a deletion would leave, each with the reason.
     """
 
     shared_with: str | None = None

@@ -56,7 +56,9 @@ class Planner:
         inquiry = rules.inquiry(chosen)
         facts = await self._ask(disk, inquiry)
         plan = rules.plan(chosen, facts)
-        doubtful = isinstance(plan, Problem) and plan.code is Code.INSUFFICIENT_STORAGE
+        # Only the maps tell what stays beside what is written over it. Where there is room for that there is no doubt.
+        most = rules.plan(chosen, replace(facts, crowded=True))
+        doubtful = isinstance(most, Problem) and most.code is Code.INSUFFICIENT_STORAGE
         if doubtful or (exact and isinstance(plan, Plan)):
             measure = await self._shared.images.measure([*inquiry.read, inquiry.written], process)
             if measure is not None:
@@ -114,6 +116,7 @@ class Planner:
             locked=locked,
             free=free,
             written_is_device=is_device,
+            crowded=inquiry.written.snapshots > 0,
             undeletable=undeletable,
             header=header,
             survey=survey,

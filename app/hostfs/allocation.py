@@ -194,13 +194,15 @@ async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: Q
     shared = layers[-1].snapshots > 0
     held = [entry for entry in base_map if entry["data"]]
     in_place = [] if shared else [each for each in held if "offset" in each and not each.get("compressed")]
-    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in in_place]
+    # A place that was given out beforehand (preallocation=metadata) may be a hole in the file.
+    taken = [(entry["start"], entry["start"] + entry["length"]) for entry in in_place if not entry["zero"]]
+    end = max((entry["start"] + entry["length"] for entry in base_map), default=0)
     copied = [
         (entry["start"], entry["start"] + entry["length"])
         for entry in top_map
         if entry["depth"] < depth and entry.get("present", True)
     ]
-    new = new_bytes(copied, taken, cluster)
+    new = new_bytes(copied, whole(taken, cluster, end), cluster)
     return Measure(
         bytes_to_copy=sum(end - start for start, end in copied),
         new_bytes=new,
@@ -221,6 +223,19 @@ def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:
         stack = layer | ({"backing": stack} if layer["driver"] != "raw" else {})
     assert stack is not None
     return stack
+
+
+def whole(ranges: Sequence[tuple[int, int]], cluster: int, end: int) -> list[tuple[int, int]]:
+    """The ranges, narrowed to whole clusters: one that is a hole in part takes room when it is written.
+
+    `end` is where the image ends, in bytes, whether or not it fills its last cluster.
+    """
+    narrowed: list[tuple[int, int]] = []
+    for first, last in ranges:
+        start, stop = -(-first // cluster) * cluster, last if last == end else last // cluster * cluster
+        if start < stop:
+            narrowed.append((start, stop))
+    return narrowed
 
 
 def new_bytes(copied: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]], cluster: int) -> int:

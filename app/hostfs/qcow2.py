@@ -17,6 +17,7 @@ BACKING_FORMAT: Final = 0xE2792ACA
 VERSION_3: Final = 3
 FEATURES_END: Final = 80
 DATA_FILE_BIT: Final = 4
+DIRTY_BIT: Final = 1
 """The incompatible features are the 8 bytes in front of that place, from version 3 on."""
 
 FEATURES: Final = 0x6803F857
@@ -98,13 +99,16 @@ def keeps_data_elsewhere(head: bytes) -> bool:
 def end(read: Callable[[int, int], bytes]) -> int:
     """Where an image ends in its file, in bytes: behind the last cluster that anything refers to.
 
-    `read` returns so many bytes from an offset on. Raises `NotQcow2`, or `Damaged`.
+    `read` returns so many bytes from an offset on. Raises `NotQcow2`, or `Damaged`, also where the reference counts are
+    behind (lazy_refcounts).
     """
     head = read(0, HEADER_SIZE[3])
     cluster = parse(head + read(len(head), 65536 - len(head))).cluster_size
     table_at, table_clusters = struct.unpack_from(">QI", head, 48)
     order = struct.unpack_from(">I", head, 96)[0] if head[7] >= VERSION_3 else 4
     size = table_clusters * cluster
+    if head[7] >= VERSION_3 and head[FEATURES_END - 1] & DIRTY_BIT:
+        raise Damaged("the reference counts are behind")
     if size > REFCOUNT_TABLE_MAX or order > REFCOUNT_ORDER_MAX:
         raise Damaged(f"a refcount table of {size} bytes, refcounts of 2^{order} bits: not a header")
     table = read(table_at, size)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -56,10 +57,11 @@ def dry(service: Service, domain: str) -> JSON:
 def written_over(folder: Path, base: Path, size: str, *options: str) -> tuple[Path, bytes]:
     """An overlay that hides the first `size` bytes of a full base of 8 MiB, and what the base shows.
 
-    `options` are those with which qemu-img makes the base.
+    Half of the latter can be compressed. `options` are those with which qemu-img makes the base.
     """
     raw, overlay = folder / "raw", folder / "overlay.qcow2"
-    shown = b"".join(bytes([number % 251 + 1]) * CLUSTER for number in range(128))
+    half = CLUSTER // 2
+    shown = b"".join(Random(number).randbytes(half) + b"\1" * half for number in range(128))
     raw.write_bytes(shown)
     run("qemu-img", "convert", *options, "-O", "qcow2", raw, base)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
@@ -110,13 +112,47 @@ def test_what_stays_when_it_is_written_over(service: Service, boot: Boot, domain
     assert_same(read_image(base), b"\x09" * 4 * MIB + shown[4 * MIB :])
 
 
-def test_a_compressed_base_without_room(service: Service, boot: Boot, domain: str, folder: Path) -> None:
-    """The plan refuses what would fail in the middle."""
-    with small_file_system(folder, 6 * MIB) as small:
-        overlay, _ = written_over(folder, small / "base.qcow2", "8M", "-c")
+@pytest.mark.parametrize("kind", ["compressed", "snapshot"])
+def test_a_base_without_room_for_what_stays(service: Service, boot: Boot, domain: str, folder: Path, kind: str) -> None:
+    """The plan refuses what would fail in the middle, and so does the run that nobody has planned."""
+    with small_file_system(folder, 12 * MIB) as small:
+        base = small / "base.qcow2"
+        overlay, _ = written_over(folder, base, "8M", *(["-c"] if kind == "compressed" else []))
+        if kind == "snapshot":
+            run("qemu-img", "snapshot", "-c", "before", base)
         qemu = boot(attached(overlay))
         assert dry(service, domain)["code"] == "insufficient-storage"
+        started = service.commit(domain, **ACTIVE)
+        assert (started.status_code, started.json()["code"]) == (507, "insufficient-storage")
         qemu.quit()
+
+
+def test_places_that_were_given_out_beforehand(service: Service, boot: Boot, domain: str, folder: Path) -> None:
+    """With preallocation=metadata every cluster has its place, and the file is a hole there."""
+    base, overlay = folder / "base.qcow2", folder / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", base, "8M")
+    run("qemu-io", "-f", "qcow2", *(f"-cwrite -q -P 7 {at}k 4k" for at in range(0, 4096, 64)), base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 6M", overlay)
+    before = base.stat().st_blocks * 512
+    qemu = boot(attached(overlay))
+    plan = dry(service, domain)
+    job = service.wait_for_job(service.started(domain, **ACTIVE)["id"])
+    assert (job["state"], job["error"]) == ("completed", None)
+    qemu.quit()
+    assert 5 * MIB < base.stat().st_blocks * 512 - before <= plan["base_growth_max"]
+    assert_same(read_image(base), b"\x09" * 6 * MIB)
+
+
+def test_an_end_that_nobody_knows(folder: Path) -> None:
+    """While the reference counts are behind they don't say where the image ends."""
+    image = folder / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", image, "8M")
+    assert end_of(image) == 4 * CLUSTER, "a header, a refcount table, a block of them, an L1 table"
+    writes = ("-c", "write -q 0 2M", "-c", "flush", "-c", "abort")
+    subprocess.run(["qemu-io", "-f", "qcow2", *writes, image], check=False, capture_output=True)
+    with pytest.raises(qcow2.Damaged, match="behind"):
+        end_of(image)
 
 
 def test_a_raw_base_in_an_export(service: Service, boot: Boot, domain: str, folder: Path) -> None:
