@@ -84,7 +84,7 @@ class KnownDisks:
         return frozenset(domain for domain, _ in self._recorded)
 
     async def vanished(self, domain: str) -> DiskUses:
-        """Those of a domain's remembered disks whose active images are known to be gone or replaced, without uses."""
+        """Those of a domain's remembered disks whose active images are known to be gone, without uses."""
         found = {disk: await self._images.is_there(image) for disk, image in self.active_images(domain).items()}
         return {(domain, disk): () for disk, there in found.items() if there is False}
 

@@ -97,7 +97,8 @@ def _layer(path: str, expected: str | None, roots: Roots, domain: str, told: Seq
 def is_there(image: Image) -> bool | None:
     """Whether the image still is what its path leads to; None where that can't be seen.
 
-    A file that is missing from a folder of another file system proves nothing: QEMU saw another folder.
+    A file that is missing from a folder of another file system proves nothing: QEMU saw another folder. Nor does
+    another file in the image's place, which may be a copy and need the same images.
     """
     if not image.path.startswith("/") or image.identity is None:
         return None
@@ -107,9 +108,7 @@ def is_there(image: Image) -> bool | None:
         return False if _same_file_system(posixpath.dirname(image.path), image.identity[0]) else None
     except (OSError, ValueError):
         return None
-    if (found.st_dev, found.st_ino) == image.identity:
-        return True
-    return False if found.st_dev == image.identity[0] else None
+    return True if (found.st_dev, found.st_ino) == image.identity else None
 
 
 def _same_file_system(folder: str, device: int) -> bool:

@@ -106,6 +106,27 @@ def test_it_is_forgotten_with_its_image(service: Service, chain: Chain, tmp_path
         works(service, ACTIVE)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_its_image_was_made_anew(service: Service, chain: Chain, tmp_path: Path, *, restarted: bool) -> None:
+    """A copy in the image's place, as one makes it to have a file back in one piece, needs the same base."""
+    other, witness = (overlay_on(chain.images[0], tmp_path / f"{name}.qcow2") for name in "bc")
+    lived(service, "b", other)
+    lived(service, "c", witness)
+    copy = tmp_path / "copy"
+    copy.write_bytes(other.read_bytes())
+    copy.rename(other)
+    witness.unlink()
+    if restarted:
+        service.stop()
+        service.start()
+    until(lambda: service.client.get("/domains/c").status_code == 404)
+    assert service.wait_for_domain("b", "shutoff")["disks"] == ["vda"]
+    with Qemu(service.qmp_dir / "a.qmp", blockdev(chain)) as qemu:
+        service.wait_for_domain("a")
+        refused(service, "b/vda", ACTIVE)
+        qemu.quit()
+
+
 def test_registered_by_its_monitor_only(service: Service, chain: Chain, tmp_path: Path) -> None:
     """What it had when it ran is known over a restart of the service."""
     other = overlay_on(chain.images[0], tmp_path / "b.qcow2")

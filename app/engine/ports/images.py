@@ -149,6 +149,6 @@ class Images(Protocol):
     async def is_there(self, image: Image) -> bool | None:
         """Whether the image still is what its path leads to, in the service's own view; None where that can't be seen.
 
-        False only where its folder is there, and has no such file or another one.
+        False only where its folder is there, and has no such file.
         """
         ...

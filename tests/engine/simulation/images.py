@@ -174,7 +174,7 @@ class SimImages:
         found = self._world.files.paths.get(image.path)
         if found is None:
             return False
-        return (DEVICE, found.inode) == image.identity if found.seen else None
+        return True if found.seen and (DEVICE, found.inode) == image.identity else None
 
     async def offline_disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse]) -> Disk:
         """A disk of a domain that is off, from the headers; no image is raw."""
