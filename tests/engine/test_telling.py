@@ -34,6 +34,11 @@ def view(id_: str) -> DomainView:
     )
 
 
+async def told(journal: SqliteJournal) -> list[tuple[str, str | None]]:
+    """The events in the journal, and of which domains they are."""
+    return [(event.type, event.domain) for event in await journal.events(EventFilter(), after=0, limit=1000)]
+
+
 def test_what_could_not_be_stored_is_stored_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order in which it was told; of a domain that comes and goes all the time the last state is kept."""
     monkeypatch.setattr(telling, "AGAIN_S", 0.01)
@@ -59,12 +64,12 @@ def test_what_could_not_be_stored_is_stored_later(tmp_path: Path, monkeypatch: p
             await teller.tell(DomainEvent.CONNECTED, view("a"))
         await teller.tell(DomainEvent.DISCONNECTED, view("a"))
         full = False
-        await asyncio.sleep(0.1)
-        stored = [(event.type, event.domain) for event in await journal.events(EventFilter(), after=0, limit=1000)]
+        async with asyncio.timeout(30):
+            while len(stored := await told(journal)) < 3 + WAITING:  # noqa: ASYNC110 - a journal has no waiters
+                await asyncio.sleep(0.01)
         assert stored[:3] == [("domain.added", "a"), ("domain.connected", "a"), ("domain.added", "b")]
         assert stored[-1] == ("domain.disconnected", "a")
-        assert len(stored) <= 3 + WAITING
         await teller.tell(DomainEvent.CONNECTED, view("a"))
-        assert len(await journal.events(EventFilter(), after=0, limit=1000)) == len(stored) + 1
+        assert await told(journal) == [*stored, ("domain.connected", "a")]
 
     run(tmp_path, story)
