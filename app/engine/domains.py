@@ -118,25 +118,25 @@ class DomainDirectory:
                 if self._stopping:
                     raise Refused(SHUTTING_DOWN) from None
             # It is being replaced or forgotten; who does that holds the lock until it is done.
-            async with self._alone(domain):
+            async with self.alone(domain):
                 pass
             if self.actors.get(domain) is actor:
                 # It has met a defect, and is started anew in a moment.
                 await asyncio.sleep(REVIVE_S)
 
-    # Changes ----------------------------------------------------------------------------------------------------------
-
-    def _alone(self, domain: str) -> asyncio.Lock:
+    def alone(self, domain: str) -> asyncio.Lock:
         """The lock under which a domain is created, replaced or forgotten. It lives as long as somebody has it."""
         lock = self._locks.get(domain)
         if lock is None:
             lock = self._locks[domain] = asyncio.Lock()
         return lock
 
+    # Changes ----------------------------------------------------------------------------------------------------------
+
     async def register(self, registration: Registration) -> tuple[Actor, bool]:
         """Keep a registration and start its actor: (actor, whether the domain is new). Raises `JournalError`."""
         id_ = registration.id
-        async with self._alone(id_):
+        async with self.alone(id_):
             old = self.actors.get(id_)
             if registration.address is None and not registration.disks:
                 registration = replace(registration, address=self._discovered_at(id_))
@@ -182,7 +182,7 @@ class DomainDirectory:
     async def forget(self, domain: str) -> None:
         """Forget a domain; nothing of it is touched. Raises `Refused` while it has unfinished jobs."""
         while True:
-            async with self._alone(domain):
+            async with self.alone(domain):
                 actor = self.find(domain)
                 try:
                     await actor.call(lambda actor=actor: actor.retire(self._shared.journal.unregister))
@@ -227,7 +227,7 @@ class DomainDirectory:
             while True:
                 await asyncio.sleep(REVIVE_S)
                 try:
-                    async with self._alone(actor.id):
+                    async with self.alone(actor.id):
                         if self.actors.get(actor.id) is actor:
                             self._launch(registration, await self._unfinished_of(actor.id))
                 except Exception as error:  # noqa: BLE001 - the journal may be what can't be read now
@@ -269,7 +269,7 @@ class DomainDirectory:
 
     async def _adjust(self, id_: str, found: Mapping[str, str]) -> None:
         try:
-            async with self._alone(id_):
+            async with self.alone(id_):
                 actor = self.actors.get(id_)
                 if id_ in found and actor is None and id_ not in self._forgotten:
                     registration = Registration(id=id_, address=Address(unix=found[id_]), discovered=True)

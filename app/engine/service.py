@@ -179,13 +179,19 @@ class Service:
         return (await self._steer(job_id, Resolve(outcome, who)))[0]
 
     async def _steer(self, job_id: str, event: Input) -> tuple[Job, bool]:
+        domain = (await self.job(job_id)).domain
+        if domain not in self._domains.actors:
+            async with self._domains.alone(domain):
+                if domain not in self._domains.actors:
+                    return await self._steer_ended(job_id, event)
+        return await self._domains.call(domain, lambda actor: actor.steer(job_id, event))
+
+    async def _steer_ended(self, job_id: str, event: Input) -> tuple[Job, bool]:
+        """Steer a job whose domain is forgotten: what a step says of a job that has ended needs no monitor."""
         job = await self.job(job_id)
-        if job.domain in self._domains.actors:
-            return await self._domains.call(job.domain, lambda actor: actor.steer(job_id, event))
         if not job.ended:
             detail = f"the domain {job.domain} of the job {job_id} is not known now; register it"
             raise Refused(Problem(code=Code.MONITOR_UNREACHABLE, detail=detail))
-        # Its domain is forgotten: what a step says of a job that has ended needs no monitor.
         following = step(job, event, self._shared.clock.now())
         if following.versions:
             await self._shared.journal.store(following.versions, marks=mark_change(job.data_state, following.job))

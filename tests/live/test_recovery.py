@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,18 @@ def test_a_job_that_nobody_can_place(service: Service, tmp_path: Path) -> None:
         assert (item["found"], item["disk"], item["state"]) == ("unknown", None, None)
         assert service.client.get("/jobs/bj-placeless").status_code == 404
         assert [job["id"] for job in qemu.qmp("query-jobs")] == ["bj-placeless"]
+
+
+def test_verdicts_at_once(service: Service, tmp_path: Path) -> None:
+    """Of verdicts on a job whose domain is forgotten one counts, and the others are told so."""
+    jobs = [lost(service, f"at-once-{number}", chain_in(tmp_path / str(number))) for number in range(4)]
+    for job in jobs:
+        assert service.client.delete(f"/domains/{job['domain']}").status_code == 204
+        with ThreadPoolExecutor(8) as pool:
+            url = f"/jobs/{job['id']}/resolve"
+            asked = [pool.submit(service.client.post, url, json={"as": "failed"}) for _ in range(8)]
+            answers = [each.result() for each in asked]
+        assert sorted(answer.status_code for answer in answers) == [200] + [409] * 7, [each.text for each in answers]
 
 
 @pytest.mark.parametrize("verdict", ["completed", "failed", "canceled"])

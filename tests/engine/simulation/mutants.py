@@ -74,7 +74,7 @@ UNFLUSHED: Final = with_runner(flush=_nothing)
 class _Unlocked(DomainDirectory):
     """Changes of one domain are not serialised."""
 
-    def _alone(self, domain: str) -> asyncio.Lock:  # noqa: ARG002 - as the engine's own
+    def alone(self, domain: str) -> asyncio.Lock:  # noqa: ARG002 - as the engine's own
         return asyncio.Lock()
 
 
