@@ -141,7 +141,8 @@ class Engine:
         world.service_at = world.loop.time()
         await self._sender.start()
         await self.domains.start()
-        self.service = service
+        # Whoever is killed while it starts serves nobody.
+        self.service = None if life.over else service
 
     def _new_id(self) -> str:
         self._ids += 1
