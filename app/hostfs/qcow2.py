@@ -90,10 +90,13 @@ def parse(head: bytes) -> Header:
 
 def keeps_data_elsewhere(head: bytes) -> bool:
     """Whether the first bytes of a file are a qcow2 header that names another file for the data (or are cut short)."""
-    if head[:4] != MAGIC:
-        return False
+    return head[:4] == MAGIC and _has_feature(head, DATA_FILE_BIT)
+
+
+def _has_feature(head: bytes, bit: int) -> bool:
+    """Whether a header has that incompatible feature (or is cut short)."""
     version = int.from_bytes(head[4:8], "big")
-    return version >= VERSION_3 and (len(head) < FEATURES_END or bool(head[FEATURES_END - 1] & DATA_FILE_BIT))
+    return version >= VERSION_3 and (len(head) < FEATURES_END or bool(head[FEATURES_END - 1] & bit))
 
 
 def end(read: Callable[[int, int], bytes]) -> int:
@@ -107,7 +110,7 @@ def end(read: Callable[[int, int], bytes]) -> int:
     table_at, table_clusters = struct.unpack_from(">QI", head, 48)
     order = struct.unpack_from(">I", head, 96)[0] if head[7] >= VERSION_3 else 4
     size = table_clusters * cluster
-    if head[7] >= VERSION_3 and head[FEATURES_END - 1] & DIRTY_BIT:
+    if _has_feature(head, DIRTY_BIT):
         raise Damaged("the reference counts are behind")
     if size > REFCOUNT_TABLE_MAX or order > REFCOUNT_ORDER_MAX:
         raise Damaged(f"a refcount table of {size} bytes, refcounts of 2^{order} bits: not a header")

@@ -158,7 +158,7 @@ def _read_only(selection: LayersSelection, facts: Facts) -> Problem | None:
 def _corrupt(selection: LayersSelection) -> Problem | None:
     layer = next((layer for layer in (*selection.merged, selection.base) if layer.corrupt), None)
     if layer is None:
-        return _uncounted(selection.base, Code.IMAGE_CORRUPT) if _is_uncounted(selection.base) else None
+        return _uncounted(selection.base, Code.IMAGE_CORRUPT)
     return Problem(
         code=Code.IMAGE_CORRUPT,
         detail=f"{layer.file} is marked corrupt: QEMU would not open it for writing the next time; repair it offline "
@@ -167,16 +167,14 @@ def _corrupt(selection: LayersSelection) -> Problem | None:
     )
 
 
-def _is_uncounted(layer: Layer) -> bool:
-    """Whether its reference counts are behind (lazy_refcounts, a killed writer): writing takes used places for free.
+def _uncounted(layer: Layer, code: Code) -> Problem | None:
+    """Reference counts that are behind (lazy_refcounts, a killed writer): writing takes used places for free.
 
     QEMU counts anew when it opens an image for writing; where it has it open for reading only, and makes that writable,
     it does not, and takes the mark away afterwards (block/qcow2.c: qcow2_do_open, qcow2_reopen_prepare).
     """
-    return layer.dirty and layer.read_only
-
-
-def _uncounted(layer: Layer, code: Code) -> Problem:
+    if not (layer.dirty and layer.read_only):
+        return None
     return Problem(
         code=code,
         detail=f"the last program that wrote to {layer.file} did not close it, and QEMU would write over what it "
@@ -221,11 +219,11 @@ def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
 
 def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
     overlay = selection.overlay
-    if overlay is not None and _is_uncounted(overlay):
-        return _uncounted(overlay, Code.OVERLAY_NOT_WRITABLE)
-    words = None if overlay is None else facts.survey.unwritable.get(overlay.node)
-    if overlay is None or words is None:
+    if overlay is None:
         return None
+    words = facts.survey.unwritable.get(overlay.node)
+    if words is None:
+        return _uncounted(overlay, Code.OVERLAY_NOT_WRITABLE)
     return Problem(
         code=Code.OVERLAY_NOT_WRITABLE,
         detail=f"QEMU can't open {overlay.file} for writing, whose header has to name another image then: {words}",
