@@ -28,6 +28,7 @@ from app.engine.connection import Change, MonitorConnection, Phase
 from app.engine.disks import DomainDisks
 from app.engine.executor import Executor
 from app.engine.jobs import DomainJobs, named
+from app.engine.looks import Looks
 from app.engine.planning import Planner, jobs_on
 from app.engine.ports.driver import MonitorError
 from app.engine.ports.events import DomainEvent
@@ -38,9 +39,6 @@ from app.engine.shared import Shared
 from app.engine.views import DiskView, DomainState, DomainView
 
 log = structlog.get_logger(__name__)
-
-POLL_S: Final = 0.5
-"""Seconds between two looks at running jobs; QEMU has no event for progress, and two reports a second are promised."""
 
 WELCOME_S: Final = 1.0
 """Seconds until what a domain shows is read again, where QEMU has declined to tell it."""
@@ -80,11 +78,11 @@ class Actor:
         self._shared = shared
         self._planner = Planner(registration, shared, self.connection, self.disks)
         self._executor = Executor(
-            shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all()), self.wake
+            shared, self.connection, self.disks, lambda job: self._planner.again(job, self._jobs.all), self.wake
         )
         self._jobs = DomainJobs(shared, self.connection, self._executor, disks=self.disks, jobs=jobs, wake=self.wake)
+        self._looks = Looks(registration.id, self._jobs, self._executor, shared.clock, self._woken)
         self._inbox: deque[_Request] = deque()
-        self._next_look = 0.0
         self._next_welcome = float("inf")
         self._stopping = False
         self._since: int | None = None
@@ -173,8 +171,8 @@ class Actor:
                     await self._welcome()
                 await self._serve_inbox()
                 await self._handle_monitor_error()
-                if self._look_is_due:
-                    await self._look()
+                if self._looks.due:
+                    await self._looks.look()
                     await self._handle_monitor_error()
                 await self._record_uses()
         finally:
@@ -186,19 +184,11 @@ class Actor:
             for request in self._inbox:
                 _fail(request, ActorClosed())
 
-    @property
-    def _look_is_due(self) -> bool:
-        return self._jobs.look_soon or self._shared.clock.monotonic() >= self._next_look
-
     async def _wait(self) -> None:
-        if self._jobs.needs_polling:
-            self._next_look = min(self._next_look, self._shared.clock.monotonic() + POLL_S)
-        if not (self._inbox or self._jobs.look_soon or self.connection.pending or self._stopping):
-            until = min(self._next_look, self._next_welcome, self.connection.deadline)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, until - self._shared.clock.monotonic())):
-                    await self._woken.wait()
-        self._woken.clear()
+        await self._looks.wait(
+            min(self._next_welcome, self.connection.deadline),
+            busy=lambda: bool(self._inbox or self.connection.pending or self._stopping),
+        )
 
     async def _handle_monitor_error(self) -> None:
         error, self._executor.monitor_error = self._executor.monitor_error, None
@@ -249,19 +239,6 @@ class Actor:
     async def _tell(self, event: DomainEvent) -> None:
         await self._shared.teller.tell(event, self.view())
 
-    async def _look(self) -> None:
-        self._jobs.look_soon = False
-        try:
-            await self._jobs.look()
-        except MonitorError as error:
-            self._executor.monitor_error = error
-        except JournalError as error:
-            # Nothing was stored, so nothing was done: the same is seen and tried again at the next poll.
-            self._jobs.look_soon = False
-            log.error("journal full", domain=self.id, error=str(error))
-        # Beside a domain without jobs nothing is done until something happens there; `_wait` sees to those with jobs.
-        self._next_look = float("inf")
-
     async def _record_uses(self) -> None:
         """Have the journal know which images the disks use by now, where no change of a job has told it."""
         uses = self._shared.known.unrecorded(self.id, self._shared.clock.now())
@@ -293,7 +270,7 @@ class Actor:
             else:
                 if not request.answer.done():
                     request.answer.set_result(answer)
-            if self._look_is_due:
+            if self._looks.due:
                 # Clients that read without a pause would keep a ready job waiting for ever.
                 return
 
@@ -305,7 +282,7 @@ class Actor:
 
     async def read_disk_view(self, name: str) -> DiskView:
         """The disk that answers to `name`, read now."""
-        return await self._disk_view(await self.disks.find(name))
+        return await self._disk_view(await self.disks.find(name, self._looks.meanwhile))
 
     async def _disk_view(self, disk: Disk) -> DiskView:
         unfinished = jobs_on(disk, self.jobs)
@@ -315,7 +292,9 @@ class Actor:
 
     async def plan(self, kind: str, name: str, request: Any, *, exact: bool) -> Plan[Spec]:
         """What a job of that kind would do; raises `Refused` for the first check that fails."""
-        return await self._planner.plan(kind, name, request, self.jobs, exact=exact)
+        return await self._planner.plan(
+            kind, name, request, self._jobs.all, exact=exact, meanwhile=self._looks.meanwhile
+        )
 
     async def start(
         self,

@@ -12,6 +12,7 @@ from app.core.job import Job
 from app.core.states import State
 from app.engine.connection import MonitorConnection
 from app.engine.known import KnownDisks
+from app.engine.meanwhile import Meanwhile
 from app.engine.ports.images import Images
 from app.engine.ports.journal import Registration
 from app.engine.views import DomainState
@@ -68,10 +69,10 @@ class DomainDisks:
         """A disk is not any more what it was when it was read."""
         self._known.without(self.registration.id, name)
 
-    async def find(self, name: str) -> Disk:
+    async def find(self, name: str, meanwhile: Meanwhile) -> Disk:
         """The one disk that answers to `name`; raises `Refused` for none or several."""
+        identities = await meanwhile(self._images.identities([name], self._connection.process))
         disks = await self.read()
-        identities = await self._images.identities([name], self._connection.process)
         found = matching_disks(disks, name, identities.get(name))
         if not found:
             known = ", ".join(disk.name for disk in disks) or "none"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from app.core.chain import Disk
+from app.core.chain import Disk, Identity
 from app.core.errors import Code, Problem, Refused
 from app.core.headers import HeaderFacts
 from app.core.images import Image, same_image
@@ -17,6 +18,7 @@ from app.core.sameness import Sameness
 from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
 from app.engine.known import ImageUser
+from app.engine.meanwhile import Meanwhile, plainly
 from app.engine.ports.images import Overlays
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
@@ -34,33 +36,46 @@ class Planner:
         self._connection = connection
         self._disks = disks
 
-    async def plan(self, kind: str, name: str, request: Any, jobs: tuple[Job, ...], *, exact: bool) -> Plan[Spec]:
+    async def plan(
+        self,
+        kind: str,
+        name: str,
+        request: Any,
+        jobs: Callable[[], tuple[Job, ...]],
+        *,
+        exact: bool,
+        meanwhile: Meanwhile,
+    ) -> Plan[Spec]:
         """What a job of that kind would do on the disk that answers to `name`.
 
-        `request` is the kind's own, `jobs` are the domain's unfinished ones. `exact`: read the images' maps, as a
-        person wants to see; else only where the layers' sizes leave a doubt. Raises `Refused` for the first check that
-        fails, in the contract's order.
+        `request` is the kind's own, `jobs` tells the domain's unfinished ones. `exact`: read the images' maps, as a
+        person wants to see; else only where the layers' sizes leave a doubt. `meanwhile` is how files are waited for:
+        other jobs may go on then, but none on this disk, which is read after the names and has no job from there on.
+        Raises `Refused` for the first check that fails, in the contract's order.
         """
         self._check_usable(kind)
         rules = KINDS[kind]
-        disk = await self._disks.find(name)
         names, process = rules.layer_names(request), self._connection.process
+        identities: Mapping[str, Identity] | None = None
+        if names:
+            identities = await meanwhile(self._shared.images.identities(names, process))
+        disk = await self._disks.find(name, meanwhile)
         chosen = rules.select(
             disk,
             request,
-            identities=await self._shared.images.identities(names, process) if names else None,
-            conflict=next((job.id for job in jobs_on(disk, jobs)), None),
+            identities=identities,
+            conflict=next((job.id for job in jobs_on(disk, jobs())), None),
         )
         if isinstance(chosen, Problem):
             raise Refused(chosen)
         inquiry = rules.inquiry(chosen)
-        facts = await self._ask(disk, inquiry)
+        facts = await self._ask(disk, inquiry, meanwhile)
         plan = rules.plan(chosen, facts)
         # Only the maps tell what stays beside what is written over it. Where there is room for that there is no doubt.
         most = rules.plan(chosen, replace(facts, crowded=True))
         doubtful = isinstance(most, Problem) and most.code is Code.INSUFFICIENT_STORAGE
         if doubtful or (exact and isinstance(plan, Plan)):
-            measure = await self._shared.images.measure([*inquiry.read, inquiry.written], process)
+            measure = await meanwhile(self._shared.images.measure([*inquiry.read, inquiry.written], process))
             if measure is not None:
                 copied, new, crowded = measure.bytes_to_copy, measure.new_bytes, measure.crowded
                 plan = rules.plan(chosen, replace(facts, bytes_to_copy=copied, new_bytes=new, crowded=crowded))
@@ -68,8 +83,8 @@ class Planner:
             raise Refused(plan)
         return plan
 
-    async def again(self, job: Job, jobs: tuple[Job, ...]) -> Problem | None:
-        """What speaks by now against starting a job that has waited; `jobs` are the domain's unfinished ones."""
+    async def again(self, job: Job, jobs: Callable[[], tuple[Job, ...]]) -> Problem | None:
+        """What speaks by now against starting a job that has waited; `jobs` tells the domain's unfinished ones."""
         disk = disk_of(job, await self._disks.read())
         record = job.spec.disk
         if disk is None or disk.nodes != record.nodes or disk.digest != record.digest:
@@ -79,32 +94,29 @@ class Planner:
                 "send the request again",
             )
         request = kind_of(job.spec).again(job.spec, disk.name, on_ready=job.on_ready, bandwidth=job.bandwidth)
-        others = tuple(other for other in jobs if other.id != job.id)
         try:
-            await self.plan(job.spec.kind, disk.name, request, others, exact=False)
+            await self.plan(
+                job.spec.kind,
+                disk.name,
+                request,
+                lambda: tuple(other for other in jobs() if other.id != job.id),
+                exact=False,
+                meanwhile=plainly,
+            )
         except Refused as refused:
             return refused.problem
         return None
 
-    async def _ask(self, disk: Disk, inquiry: Inquiry) -> Facts:
-        images, process, file = self._shared.images, self._connection.process, inquiry.written.file
-        await self._shared.known.refresh()
-        of_files = asyncio.gather(
-            images.locked(file, process),
-            images.free_bytes(file, process),
-            images.is_device(file, process),
-            images.undeletable(inquiry.to_delete, process),
-        )
-        (locked, free, is_device, undeletable), header, survey, strangers = await asyncio.gather(
-            of_files,
-            self._header(inquiry),
-            self._connection.require().survey(inquiry.probe),
-            self._strangers(disk, inquiry),
-        )
-        written = Image.of(inquiry.written)
-        user = self._shared.known.user_of(written, self._registration.id, disk)
-        if user is None:
-            user = (await self._shared.known.holders((written,), process)).get(written)
+    async def _ask(self, disk: Disk, inquiry: Inquiry, meanwhile: Meanwhile) -> Facts:
+        known, written = self._shared.known, Image.of(inquiry.written)
+        asked = asyncio.ensure_future(self._ask_files(disk, inquiry))
+        try:
+            # QEMU is asked by nobody else while it answers this.
+            survey = await self._connection.require().survey(inquiry.probe)
+            (locked, free, is_device, undeletable), header, strangers, holders = await meanwhile(asked)
+        finally:
+            asked.cancel()
+        user = known.user_of(written, self._registration.id, disk) or holders.get(written)
         if user is None and strangers.files:
             path = strangers.files[0].path
             why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"
@@ -121,6 +133,26 @@ class Planner:
             header=header,
             survey=survey,
         )
+
+    async def _ask_files(
+        self, disk: Disk, inquiry: Inquiry
+    ) -> tuple[tuple[bool, int | None, bool, Mapping[str, str]], HeaderFacts, Overlays, Mapping[Image, ImageUser]]:
+        """All at once: where files hang, one deadline goes by, and not one after the other."""
+        images, process, file = self._shared.images, self._connection.process, inquiry.written.file
+        of_written = asyncio.gather(
+            images.locked(file, process),
+            images.free_bytes(file, process),
+            images.is_device(file, process),
+            images.undeletable(inquiry.to_delete, process),
+        )
+        written, header, strangers, holders, _ = await asyncio.gather(
+            of_written,
+            self._header(inquiry),
+            self._strangers(disk, inquiry),
+            self._shared.known.holders((Image.of(inquiry.written),), process),
+            self._shared.known.refresh(),
+        )
+        return written, header, strangers, holders
 
     async def _strangers(self, disk: Disk, inquiry: Inquiry) -> Overlays:
         """Overlays on the layers that nobody has told of, but for those that a merge has left behind."""

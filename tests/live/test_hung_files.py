@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,3 +86,19 @@ def test_a_link_in_the_watched_folder(tmp_path: Path, new_chain: NewChain) -> No
             assert service.wait_for_job(done["id"])["state"] == "completed"
             assert time.monotonic() - begun < 10
         service.stop()
+
+
+def test_a_layer_that_a_request_names(tmp_path: Path, new_chain: NewChain) -> None:
+    """A job of the same domain that gets ready meanwhile is pivoted before that request is answered."""
+    chain = new_chain(tmp_path / "a")
+    with hung(tmp_path / "silent") as silent, Service(tmp_path / "service") as service:
+        with Qemu(service.qmp_dir / "a.qmp", blockdev(chain)), ThreadPoolExecutor() as beside:
+            service.wait_for_domain("a")
+            job = service.started("a", on_ready="pivot", bandwidth=MIB, flags=["active", "bandwidth_bytes"])
+            # It takes as long as a file system has to answer.
+            refused = beside.submit(service.commit, "a", top=str(silent / "top.qcow2"))
+            assert service.wait_for_job(job["id"], seconds=20)["state"] == "completed"
+            assert not refused.done()
+            assert refused.result().json()["code"] in {"top-not-found", "no-backing"}
+        service.stop()
+    assert_same(read_image(chain.images[0]), chain.view)

@@ -46,8 +46,11 @@ class SimImages:
 
     async def identities(self, names: Iterable[str], process: Process | None) -> Mapping[str, Identity]:
         """The identities of those of the `names` that are paths of files that can be seen."""
+        paths = [name for name in names if name.startswith("/")]
+        if not paths:
+            return {}
         await self._delay("identities")
-        found = ((name, self._identity(name)) for name in names)
+        found = ((name, self._identity(name)) for name in paths)
         return {name: identity for name, identity in found if identity is not None}
 
     async def free_bytes(self, path: str, process: Process | None) -> int | None:

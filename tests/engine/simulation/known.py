@@ -16,6 +16,7 @@ from tests.engine.simulation.mutants import (
     GREEDY,
     HASTY,
     NODES_KEPT,
+    PLAIN,
     UNFLUSHED,
     UNLOCKED,
     USES_FORGOTTEN,
@@ -62,7 +63,7 @@ MUTANTS: Final = (
     Defect(
         name="job-lost-by-delete",
         hazards=NONE.also("delete_while_planning"),
-        seed=4,
+        seed=1,
         invariants=frozenset({"jobs_end"}),
         mutant=HASTY,
     ),
@@ -73,6 +74,13 @@ MUTANTS: Final = (
         invariants=frozenset({"ready_jobs_are_looked_at"}),
         bounds=Bounds(after_trouble_s=2),
         mutant=GREEDY,
+    ),
+    Defect(
+        name="ready-unseen-while-files-hang",
+        hazards=NONE.also("long_hangs"),
+        seed=235,
+        invariants=frozenset({"ready_jobs_are_looked_at"}),
+        mutant=PLAIN,
     ),
     Defect(
         name="base-not-flushed",
@@ -91,7 +99,7 @@ MUTANTS: Final = (
     Defect(
         name="base-of-a-machine-that-is-off",
         hazards=NONE.also("gone_sharers"),
-        seed=5,
+        seed=0,
         invariants=frozenset({"guests_read_their_data"}),
         mutant=USES_FORGOTTEN,
     ),

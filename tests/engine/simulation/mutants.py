@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Final, cast
+from collections.abc import Awaitable, Sequence, Sized
+from typing import Any, Final, TypeVar, cast
 
 from app.core.chain import Disk
 from app.core.errors import Code, Problem, Refused
@@ -13,10 +13,13 @@ from app.core.job import Job
 from app.engine.actor import Actor
 from app.engine.domains import DomainDirectory
 from app.engine.known import ImageUser, KnownDisks
+from app.engine.looks import Looks
 from app.engine.ports.driver import Driver
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
 from tests.engine.simulation.engine import Mutant
+
+T = TypeVar("T")
 
 
 class _Altered:
@@ -91,12 +94,31 @@ class _Hasty(DomainDirectory):
         await self._remove(actor)
 
 
-class _GreedyActor(Actor):
-    """Serves requests as long as there are any."""
+class _PlainLooks(Looks):
+    """Jobs wait while files are asked for a request."""
+
+    async def meanwhile(self, asked: Awaitable[T], /) -> T:
+        """What files answer."""
+        return await asked
+
+
+class _GreedyLooks(_PlainLooks):
+    """Requests are served as long as there are any."""
+
+    requests: Sized = ()
 
     @property
-    def _look_is_due(self) -> bool:
-        return not self._inbox and super()._look_is_due
+    def due(self) -> bool:
+        """No look is due while somebody waits."""
+        return not self.requests and super().due
+
+
+class _GreedyActor(Actor):
+    async def run(self) -> None:
+        """Work, and look at the jobs when nobody waits."""
+        self._looks.__class__ = _GreedyLooks
+        cast(_GreedyLooks, self._looks).requests = self._inbox
+        await super().run()
 
 
 class _Greedy(DomainDirectory):
@@ -107,9 +129,24 @@ class _Greedy(DomainDirectory):
         return actor
 
 
+class _PlainActor(Actor):
+    async def run(self) -> None:
+        """Work, and do nothing else while files are asked."""
+        self._looks.__class__ = _PlainLooks
+        await super().run()
+
+
+class _Plain(DomainDirectory):
+    def _launch(self, registration: Registration, jobs: Sequence[Job]) -> Actor:
+        actor = super()._launch(registration, jobs)
+        actor.__class__ = _PlainActor
+        return actor
+
+
 UNLOCKED: Final = Mutant(directory=_Unlocked)
 HASTY: Final = Mutant(directory=_Hasty)
 GREEDY: Final = Mutant(directory=_Greedy)
+PLAIN: Final = Mutant(directory=_Plain)
 
 NODES_KEPT: Final = with_runner(conclude=_dismiss_only)
 """The nodes of merged layers stay in QEMU."""
