@@ -105,7 +105,7 @@ class Hook(BaseModel):
     """JSON Pointers into the payload, and what they have to lead to."""
     domain: str
     disk: str
-    verb: Literal["commit"] = "commit"
+    verb: Literal["commit", "pull"] = "commit"
     body: dict[str, object] = Field(default_factory=dict[str, object])
     """As in the request that it stands for."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from enum import IntFlag
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -10,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -23,6 +25,7 @@ from app.api.cloudevents import STORED
 from app.core.errors import Problem
 from app.core.flags import BANDWIDTH_MAX, names_of, parse_flags
 from app.core.kinds.commit import CommitFlag
+from app.core.kinds.pull import PullFlag
 from app.core.outgoing import secret_error, url_error
 from app.core.states import OnError, OnReady
 from app.engine.ports.driver import Address
@@ -53,29 +56,34 @@ def _flag_kind(value: object) -> str | None:
     return "mask" if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _known_flag(value: int | str) -> int | str:
-    found = parse_flags([value] if isinstance(value, str) else value, CommitFlag)
-    if isinstance(found, Problem):
-        raise PydanticCustomError("flag", "{reason}", {"reason": found.detail.partition(": ")[2]})
-    return value
+def _flags(known: type[IntFlag]) -> Any:
+    """The type of a field of flags that a kind of request knows."""
 
+    def judge(value: int | str) -> int | str:
+        found = parse_flags([value] if isinstance(value, str) else value, known)
+        if isinstance(found, Problem):
+            raise PydanticCustomError("flag", "{reason}", {"reason": found.detail.partition(": ")[2]})
+        return value
 
-Flags = Annotated[
-    Annotated[StrictInt, AfterValidator(_known_flag), Field(json_schema_extra={"minimum": 0}), Tag("mask")]
-    | Annotated[
-        list[
-            Annotated[
-                StrictStr, AfterValidator(_known_flag), Field(json_schema_extra={"enum": [*names_of(CommitFlag)]})
-            ]
+    names: list[JsonValue] = [*names_of(known)]
+    return Annotated[
+        Annotated[StrictInt, AfterValidator(judge), Field(json_schema_extra={"minimum": 0}), Tag("mask")]
+        | Annotated[
+            list[Annotated[StrictStr, AfterValidator(judge), Field(json_schema_extra={"enum": names})]], Tag("names")
         ],
-        Tag("names"),
-    ],
-    Discriminator(
-        _flag_kind,
-        custom_error_type="flags_type",
-        custom_error_message="expected a list of names, or libvirt's bitmask as an integer",
-    ),
-]
+        Discriminator(
+            _flag_kind,
+            custom_error_type="flags_type",
+            custom_error_message="expected a list of names, or libvirt's bitmask as an integer",
+        ),
+    ]
+
+
+if TYPE_CHECKING:
+    CommitFlags = PullFlags = int | list[str]
+else:
+    CommitFlags = _flags(CommitFlag)
+    PullFlags = _flags(PullFlag)
 
 Bandwidth = Annotated[StrictInt, Field(ge=0, le=BANDWIDTH_MAX, description="MiB/s, or bytes/s; 0: no limit")]
 
@@ -142,7 +150,7 @@ class CommitIn(In):
     )
     top: Text | None = Field(default=None, description="topmost layer to merge; null: the active one")
     bandwidth: Bandwidth = 0
-    flags: Flags = Field(default=[], description="shallow 1, delete 2, active 4, relative 8, bandwidth_bytes 16")
+    flags: CommitFlags = Field(default=[], description="shallow 1, delete 2, active 4, relative 8, bandwidth_bytes 16")
     on_ready: OnReady = Field(default=OnReady.WAIT, description="what to do once the active layer is mirrored")
     on_error: OnError = Field(default=OnError.REPORT, description="what an I/O error does to the job")
     backing_file: Text | None = Field(
@@ -155,11 +163,27 @@ class CommitIn(In):
     callback: CallbackIn | None = Field(default=None, description="a webhook for this job alone")
 
 
+class PullIn(In):
+    """A pull: which layers are copied upwards, and how."""
+
+    top: Text | None = Field(default=None, description="layer to copy into; null: the active one")
+    base: Text | None = Field(
+        default=None, description="the layer that is below `top` then; null: none, `top` stands alone"
+    )
+    bandwidth: Bandwidth = 0
+    flags: PullFlags = Field(default=[], description="relative 16, bandwidth_bytes 64")
+    on_error: OnError = Field(default=OnError.REPORT, description="what an I/O error does to the job")
+    backing_file: Text | None = Field(
+        default=None, description="what the header of `top` is to say; null: chosen by the service"
+    )
+    callback: CallbackIn | None = Field(default=None, description="a webhook for this job alone")
+
+
 class PatchJobIn(In):
     """Another speed for a job."""
 
     bandwidth: Bandwidth
-    flags: Flags = Field(default=[], description="`bandwidth_bytes` 16, or none")
+    flags: CommitFlags = Field(default=[], description="`bandwidth_bytes` 16, or none")
 
 
 class ResolveIn(In):

@@ -138,6 +138,9 @@ KINDS: Final[Mapping[Code, Kind]] = {
     Code.BASE_NOT_BELOW_TOP: Kind(
         422, "Base not below top", "VIR_ERR_INVALID_ARG", "Name a layer with a higher `index` than `top` has."
     ),
+    Code.NOTHING_TO_PULL: Kind(
+        422, "Nothing to pull", "VIR_ERR_INVALID_ARG", "Choose a `top` and a `base` with other layers between them."
+    ),
     Code.NO_BACKING: Kind(422, "Nothing below top", "VIR_ERR_INVALID_ARG", "Choose a `top` that has a layer below it."),
     Code.ACTIVE_FLAG_REQUIRED: Kind(
         422,

@@ -1,72 +1,28 @@
-"""Disks: their chains, and the merge of layers."""
+"""Disks: their chains, and the jobs on them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
 from app.api.auth import Guarded, Operator, Reader
-from app.api.bodies import CommitIn
+from app.api.bodies import CommitIn, PullIn
 from app.api.codes import refusals
-from app.api.idempotency import IfMatchHeader, KeyHeader, digests, request_key, served_once
-from app.api.jobs import job_response
+from app.api.idempotency import IfMatchHeader, KeyHeader
 from app.api.pages import Cursor, Limit, cut_page, page_response
 from app.api.problems import path_of
-from app.api.requests import CHANGES, READS, DiskName, DomainId, UseCases
+from app.api.requests import READS, DiskName, DomainId, UseCases
 from app.api.schemas.disks import DiskOut, Disks, disk_json, disk_out
 from app.api.schemas.jobs import JobOut
-from app.api.schemas.plans import PlanOut, plan_out
-from app.core.errors import Code, Problem, Refused
-from app.core.kinds import commit
-from app.engine.ports.outbox import Webhook
-from app.engine.service import Service
+from app.api.schemas.plans import PlanOut
+from app.api.verbs import COMMIT, DISK, MONITOR, PULL, Asked, answer_job
 
 router = APIRouter(route_class=Guarded, tags=["disks"])
 
-MONITOR: Final = (Code.DOMAIN_NOT_FOUND, Code.MONITOR_UNREACHABLE, Code.MONITOR_BUSY)
-"""What any request that needs the domain's monitor may be refused with."""
+PLAN: Final = {"model": PlanOut, "description": "The plan, with `dry_run=true`"}
 
-DISK: Final = (*MONITOR, Code.DISK_NOT_FOUND, Code.DISK_AMBIGUOUS)
-"""What any request for one disk may be refused with."""
-
-COMMIT: Final = (
-    *CHANGES,
-    Code.SHALLOW_WITH_BASE,
-    *DISK,
-    Code.DOMAIN_MANAGED_ELSEWHERE,
-    Code.NOT_SUPPORTED,
-    Code.DISK_EMPTY,
-    Code.CHAIN_CHANGED,
-    Code.IDEMPOTENCY_KEY_REUSED,
-    Code.IDEMPOTENCY_IN_PROGRESS,
-    Code.WEBHOOK_URL_REFUSED,
-    Code.JOB_CONFLICT,
-    Code.TOP_NOT_FOUND,
-    Code.BASE_NOT_FOUND,
-    Code.BASE_NOT_BELOW_TOP,
-    Code.NO_BACKING,
-    Code.ACTIVE_FLAG_REQUIRED,
-    Code.TOP_NOT_ACTIVE,
-    Code.DELETE_WITH_KEEP,
-    Code.RELATIVE_IMPOSSIBLE,
-    Code.TEMPORARY_OVERLAY,
-    Code.IMAGE_SHARED,
-    Code.IMAGE_LOCKED,
-    Code.DOMAIN_MIGRATING,
-    Code.NODE_IN_USE,
-    Code.IMAGE_READ_ONLY,
-    Code.IMAGE_CORRUPT,
-    Code.SIZES_UNSAFE,
-    Code.BASE_CANNOT_GROW,
-    Code.OVERLAY_NOT_WRITABLE,
-    Code.BACKING_FILE_IMPOSSIBLE,
-    Code.BACKING_FILE_WRONG,
-    Code.INSUFFICIENT_STORAGE,
-    Code.QEMU_ERROR,
-)
-"""What a commit may be refused with."""
+DryRun = Annotated[bool, Query(description="change nothing, and answer with the plan")]
 
 
 @router.get(
@@ -83,19 +39,12 @@ async def list_disks(
     return page_response(map(disk_json, views), following)
 
 
-async def made_callback(use: Service, body: CommitIn, who: str) -> Webhook | None:
-    """The webhook of a job that is still to be made, or None; raises `Refused` if its URL may not be sent to."""
-    if body.callback is None:
-        return None
-    return await use.webhooks.made(body.callback.url, (), body.callback.secret, who=who, pointer="/callback/url")
-
-
 @router.post(
     "/domains/{domain}/disks/{disk:path}/commit",
     operation_id="commitBlocks",
     status_code=202,
     response_model=JobOut,
-    responses={200: {"model": PlanOut, "description": "The plan, with `dry_run=true`"}, **refusals(*COMMIT)},
+    responses={200: PLAN, **refusals(*COMMIT)},
 )
 async def commit_blocks(
     domain: DomainId,
@@ -107,28 +56,35 @@ async def commit_blocks(
     http: Request,
     if_match: IfMatchHeader = None,
     idempotency_key: KeyHeader = None,
-    dry_run: Annotated[bool, Query(description="change nothing, and answer with the plan")] = False,
+    dry_run: DryRun = False,
 ) -> Response:
     """Merge the layers from `top` down to the one above `base` into `base`, while the guest runs."""
-    request = commit.request(**body.model_dump(exclude={"callback"}))
-    if isinstance(request, Problem):
-        raise Refused(request)
-    request = replace(request, digests=digests(if_match))
-    if dry_run:
-        await made_callback(use, body, who.name)
-        plan = plan_out(await use.plan("commit", domain, disk, request))
-        return Response(plan.model_dump_json(), media_type="application/json")
-    key = None
-    if idempotency_key is not None:
-        asked = {"domain": domain, "disk": disk, "if_match": if_match, "body": body.model_dump(mode="json")}
-        key = request_key(idempotency_key, who=who.name, request=asked)
+    asked = Asked("commit", domain, disk, body, if_match)
+    return await answer_job(use, asked, who.name, key=idempotency_key, path=path_of(http.scope), dry_run=dry_run)
 
-    async def serve() -> Response:
-        callback = await made_callback(use, body, who.name)
-        job = await use.start("commit", domain, disk, request, who=who.name, key=key, callback=callback)
-        return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
 
-    return await serve() if key is None else await served_once(use, key, path_of(http.scope), serve)
+@router.post(
+    "/domains/{domain}/disks/{disk:path}/pull",
+    operation_id="pullBlocks",
+    status_code=202,
+    response_model=JobOut,
+    responses={200: PLAN, **refusals(*PULL)},
+)
+async def pull_blocks(
+    domain: DomainId,
+    disk: DiskName,
+    body: Annotated[PullIn, Body(default_factory=PullIn)],
+    who: Operator,
+    use: UseCases,
+    *,
+    http: Request,
+    if_match: IfMatchHeader = None,
+    idempotency_key: KeyHeader = None,
+    dry_run: DryRun = False,
+) -> Response:
+    """Copy into `top` what the layers between it and `base` have, while the guest runs; no image becomes invalid."""
+    asked = Asked("pull", domain, disk, body, if_match)
+    return await answer_job(use, asked, who.name, key=idempotency_key, path=path_of(http.scope), dry_run=dry_run)
 
 
 @router.get("/domains/{domain}/disks/{disk:path}", operation_id="getDisk", responses=refusals(*READS, *DISK))

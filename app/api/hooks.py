@@ -1,4 +1,4 @@
-"""Webhooks that CI pipelines send: whose they are, and the commit that they start."""
+"""Webhooks that CI pipelines send: whose they are, and the job that they start."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import ValidationError
 
 from app.api.auth import limited
-from app.api.bodies import CommitIn
 from app.api.codes import refusals
-from app.api.disks import COMMIT, made_callback
 from app.api.idempotency import request_key, served_once
-from app.api.jobs import job_response
 from app.api.problems import invalid_parameter, path_of
 from app.api.requests import UseCases
 from app.api.schemas.hooks import IgnoredOut
 from app.api.schemas.jobs import JobOut
+from app.api.verbs import BODIES, COMMIT, PULL, Asked, started
 from app.core.errors import Code, Problem, Refused, invalid
 from app.core.incoming import ID_HEADERS, IncomingDelivery, delivery_id, mismatch, signature_error
-from app.core.kinds import commit
-from app.core.kinds.commit import CommitRequest
 from app.engine.idempotency import HOOK
 from app.engine.ports.clock import Clock
 from app.settings import Hook, SettingsError
@@ -42,11 +38,10 @@ class Taken:
 
     hook: Hook
     secret: str
-    body: CommitIn
-    request: CommitRequest
+    asked: Asked
 
     def verdict(self, delivery: IncomingDelivery) -> str | None:
-        """None if the delivery starts the commit, else the reason why not; raises `Refused` if the body is not JSON."""
+        """None if the delivery starts the job, else the reason why not; raises `Refused` if the body is not JSON."""
         return mismatch(self.hook.provider, self.hook.event, self.hook.match, delivery.headers, _payload(delivery.body))
 
 
@@ -59,15 +54,17 @@ def prepared(name: str, hook: Hook) -> Taken:
     if not secret:
         raise SettingsError(f"hooks.{name}.secret_file: {hook.secret_file} is empty")
     try:
-        body = CommitIn.model_validate(hook.body)
+        body = BODIES[hook.verb].model_validate(hook.body)
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(str(part) for part in wrong["loc"])
         raise SettingsError(f"hooks.{name}.body.{where}: {wrong['msg']}") from error
-    request = commit.request(**body.model_dump(exclude={"callback"}))
-    if isinstance(request, Problem):
-        raise SettingsError(f"hooks.{name}.body: {request.detail}")
-    return Taken(hook, secret, body, request)
+    asked = Asked(hook.verb, hook.domain, hook.disk, body)
+    try:
+        asked.request()
+    except Refused as refused:
+        raise SettingsError(f"hooks.{name}.body: {refused.problem.detail}") from refused
+    return Taken(hook, secret, asked)
 
 
 def _payload(body: bytes) -> object:
@@ -96,7 +93,7 @@ async def _delivery(http: Request) -> IncomingDelivery:
     },
     responses={
         200: {"model": IgnoredOut, "description": "The delivery starts nothing"},
-        **refusals(Code.SIGNATURE_INVALID, Code.HOOK_NOT_FOUND, *COMMIT),
+        **refusals(Code.SIGNATURE_INVALID, Code.HOOK_NOT_FOUND, *COMMIT, *PULL),
     },
 )
 async def take_delivery(
@@ -128,9 +125,6 @@ async def take_delivery(
     key = request_key(once, who=who, request={"body": delivery.body.decode(errors="backslashreplace")})
 
     async def serve() -> Response:
-        callback = await made_callback(use, taken.body, who)
-        hook = taken.hook
-        job = await use.start("commit", hook.domain, hook.disk, taken.request, who=who, key=key, callback=callback)
-        return job_response(job, status_code=202, headers={"Location": f"/jobs/{job.id}"})
+        return await started(use, taken.asked, who, key)
 
     return await served_once(use, key, path_of(http.scope), serve)

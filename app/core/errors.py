@@ -54,6 +54,7 @@ class Code(StrEnum):
     BASE_NOT_FOUND = "base-not-found"
     BASE_NOT_BELOW_TOP = "base-not-below-top"
     NO_BACKING = "no-backing"
+    NOTHING_TO_PULL = "nothing-to-pull"
     ACTIVE_FLAG_REQUIRED = "active-flag-required"
     TOP_NOT_ACTIVE = "top-not-active"
     DELETE_WITH_KEEP = "delete-with-keep"

@@ -90,9 +90,9 @@ class GraphReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderReading:
-    """Where the header of the layer above the job's `top` leads: a path, and the file there if it can be seen."""
+    """Where an image's header leads: a path, and the file there if it can be seen; None: it names no image."""
 
-    file: str
+    file: str | None
     identity: Identity | None = None
 
 

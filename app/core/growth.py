@@ -5,23 +5,26 @@ from __future__ import annotations
 from app.core.chain import Layer
 
 
-def growth(target: Layer, size: int, new: int, *, crowded: bool = False) -> int:
+def growth(target: Layer, size: int, new: int, *, zeroed: int = 0, crowded: bool = False) -> int:
     """The most bytes by which the file of `target` grows: `new` bytes of data and the tables that tell where they are.
 
     `size` is the virtual size that the image has then, in bytes. In a qcow2 file a table of 8-byte entries maps one
     cluster each, a refcount block of 2-byte entries counts one each; both come in whole clusters
     (docs/interop/qcow2.txt). A new cluster needs at most one new table, so a thin image does not need all of its
     tables. No image grows beyond its full size and its tables, unless it is `crowded`: what it has stays beside what is
-    written over it.
+    written over it. `zeroed` are bytes that are marked as zeros where the image becomes longer, which takes tables, and
+    a cluster for what does not fill one.
     """
     if target.format != "qcow2":
         return max(0, min(new, size - target.actual_size)) if target.format == "raw" else new
-    if not new:
+    if not new and size <= target.virtual_size:
         return 0
     cluster = target.cluster_size
-    added, full = -(-new // cluster), -(-size // cluster)
-    tables = -(-size // (cluster * cluster // 8))
-    least = new + _metadata(added, min(added, tables), tables, cluster)
+    covered = cluster * cluster // 8
+    added, full = -(-new // cluster) + bool(zeroed), -(-size // cluster)
+    tables = -(-size // covered)
+    marked = -(-zeroed // covered) + bool(zeroed)
+    least = added * cluster + _metadata(added, min(added + marked, tables), tables, cluster)
     if crowded:
         return least
     return min(least, max(0, size + _metadata(full, tables, tables, cluster) - target.actual_size))

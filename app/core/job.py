@@ -32,7 +32,8 @@ class Progress:
 class Result:
     """The chain after the job, active layer first, and what became of the merged images.
 
-    `verified` are the bytes that were compared; None where nobody asked for that.
+    `verified` are the bytes that were compared; None where nobody asked for that. `unused` are the files that the disk
+    does not use any more, all of them right; None of a kind that does not leave such.
     """
 
     chain: tuple[str, ...]
@@ -40,6 +41,7 @@ class Result:
     deleted: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
     verified: int | None = None
+    unused: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +121,8 @@ class Job:
         return self.spec.top_file
 
     @property
-    def base_file(self) -> str:
-        """The image at the bottom of what the job works on."""
+    def base_file(self) -> str | None:
+        """The image at the bottom of what the job works on; None where nothing is below then."""
         return self.spec.base_file
 
     @property

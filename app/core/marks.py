@@ -10,8 +10,7 @@ from app.core.states import DataState, State
 
 def _new_active(job: Job) -> tuple[Image, ...]:
     """After a pivot the base is the active layer, and has all that the guest reads."""
-    base = next(layer for layer in job.spec.disk.layers if layer.file == job.base_file)
-    return (base.image,) if job.capabilities.pivots else ()
+    return (kind_of(job.spec).written(job.spec).image,) if job.capabilities.pivots else ()
 
 
 def mark_change(before: DataState, after: Job) -> MarkChange | None:
@@ -25,7 +24,7 @@ def mark_change(before: DataState, after: Job) -> MarkChange | None:
         judgement = after.control.judgement
         # A person who resolves a lost job as completed says that it was merged.
         if judgement is None or judgement.merged or after.resolved is not None:
-            merged = tuple(layer.image for layer in after.spec.merged)
+            merged = tuple(layer.image for layer in kind_of(after.spec).worthless(after.spec))
             left = marks_of(merged, job_id=after.id, domain=after.domain, reason=InvalidReason.MERGED)
             return MarkChange(add=left, remove=images + _new_active(after), domain=after.domain)
         return _added(images, after, InvalidReason.KEPT)

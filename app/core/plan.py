@@ -59,7 +59,8 @@ class Inquiry:
 
     `written` is the layer that the job writes to, `read` those whose data it copies, topmost first. `to_delete` are the
     files that the request would have deleted. `names` are those that the header of `overlay` might get.
-    `probe` are the nodes that QEMU has open for reading, and will have to write to.
+    `probe` are the nodes that QEMU has open for reading, and will have to write to. `alone`: what `written` shows
+    changes, so nobody else may use it. `upwards`: the `read` layers are below `written`, not above.
     """
 
     written: Layer
@@ -68,6 +69,8 @@ class Inquiry:
     overlay: Layer | None = None
     probe: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    alone: bool = True
+    upwards: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +132,10 @@ class Demand:
 class Plan(Generic[S]):
     """What a job will do. Files where not said otherwise; `chain_after` active layer first; sizes in bytes.
 
-    `invalidates` are files that must not be used any more afterwards, `deletes` those of them that are unlinked.
-    `backing_file` is what the header of the overlay will say. `free` is None where it can't be seen.
+    `invalidates` are files that must not be used any more afterwards, `deletes` those of them that are unlinked,
+    `unused` are files that the disk does not use any more, and that stay right (None: the kind leaves none such).
+    `backing_file` is what the header of the layer above will say. `free` is None where it can't be seen. `commands` are
+    those by which the job is started, in their order.
     """
 
     spec: S
@@ -141,9 +146,10 @@ class Plan(Generic[S]):
     chain_after: tuple[str, ...]
     invalidates: tuple[str, ...] = ()
     deletes: tuple[str, ...] = ()
+    unused: tuple[str, ...] | None = None
     demand: Demand
     free: int | None = None
     resizes_base_to: int | None = None
     backing_file: str | None = None
     warnings: tuple[PlanWarning, ...] = ()
-    command: QemuCommand
+    commands: tuple[QemuCommand, ...]

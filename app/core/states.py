@@ -35,6 +35,7 @@ class JobType(StrEnum):
 
     COMMIT = "commit"
     ACTIVE_COMMIT = "active-commit"
+    PULL = "pull"
 
 
 class EventType(StrEnum):

@@ -103,5 +103,5 @@ def disk_of(job: Job, disks: tuple[Disk, ...]) -> Disk | None:
 
 def disk_with(job: Job, disks: tuple[Disk, ...]) -> Disk | None:
     """A disk that has a layer of the job in its chain, whatever device it is attached to by now."""
-    nodes = {layer.node for layer in (*job.spec.merged, job.spec.base)}
+    nodes = {layer.node for layer in (*job.spec.merged, job.spec.lasting)}
     return next((disk for disk in disks if nodes.intersection(disk.nodes)), None)

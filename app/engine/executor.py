@@ -174,6 +174,10 @@ class Executor:
         # Where it can't be flushed the merge ends as it always has in QEMU, and no image is deleted after it.
         # A pending job has written all that it will ever write.
         live.flushed |= await self._flushed(runner, job)
+        if job.capabilities.only_flushed and not live.flushed:
+            live.hindrance = f"{kind_of(job.spec).written(job.spec).file} can't be flushed, so its data could be lost"
+            await self._finalize(runner, job, live)
+            return
         await runner.finalize(job.id)
 
     async def _hindrance(self, runner: Runner, job: Job) -> str | None:
@@ -244,24 +248,24 @@ class Executor:
         return await self._shared.images.read_header(file, job.spec.disk.image(file).identity, process)
 
     async def _sees_as_qemu_did(self, job: Job) -> bool:
-        """Whether the base, which is there as long as its disk, has the same name for the service as it had for QEMU.
+        """Whether what the job wrote to, there as long as its disk, has the same name for the service as for QEMU.
 
         Without that a file that can't be found is not known to be gone.
         """
-        file = job.base_file
+        file = kind_of(job.spec).written(job.spec).file
         seen = await self._shared.images.identities([file], None)
         return file in seen and seen[file] == job.spec.disk.image(file).identity
 
     async def _is_on_the_disk(self, job: Job) -> bool:
         """Whether the host may lose its power now: the old header, which names the merged images, would come back.
 
-        QEMU's own flush of the base does nothing where it was told to (`cache.no-flush`).
+        QEMU's own flush does nothing where it was told to (`cache.no-flush`).
         """
         process = None if self._connection.has_ended(job.control.process) else job.control.process
-        files = (job.base_file, kind_of(job.spec).header_file(job.spec))
+        files = (kind_of(job.spec).written(job.spec).file, kind_of(job.spec).header_file(job.spec))
         synced = [
             await self._shared.images.sync(file, job.spec.disk.image(file).identity, process)
-            for file in files
+            for file in dict.fromkeys(files)
             if file is not None and file.startswith("/")
         ]
         return all(synced)
@@ -288,21 +292,20 @@ class Executor:
                 return None
             # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
             # stored, so nothing is lost if the service ends in between: all of this is done again then.
-            await runner.conclude(job.id, tidy.release)
+            await runner.conclude(job.id, tidy.release, tidy.read_only)
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
         # Whoever is told of `completed` may delete the merged images at once. Nobody is made to wait for what a guest
         # writes to a live base where nothing is deleted.
-        written = tidy.to_delete or kind_of(job.spec).header_file(job.spec)
-        if completed and written and not await self._is_on_the_disk(job):
-            why = (
-                f"what was merged into {job.base_file}, or the header that leads there, is not known to be on the disk"
-            )
+        lasting = tidy.to_delete or kind_of(job.spec).header_file(job.spec)
+        if completed and lasting and not await self._is_on_the_disk(job):
+            written = kind_of(job.spec).written(job.spec).file
+            why = f"what was merged into {written}, or the header that leads there, is not known to be on the disk"
             tidy = tidy.without_deletions(why)
         deleted, left = await self._delete(job, tidy.to_delete, ended=ended)
         result = Result(chain=chain, invalidated=tidy.invalidated, deleted=deleted, not_deleted=tidy.not_deleted + left)
-        return CleanedUp(replace(result, verified=verified), problem)
+        return CleanedUp(replace(result, verified=verified, unused=tidy.unused), problem)
 
     async def _delete(
         self, job: Job, files: Mapping[str, Image], *, ended: bool

@@ -19,7 +19,7 @@ from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
 from app.engine.known import ImageUser
 from app.engine.meanwhile import Meanwhile, plainly
-from app.engine.ports.images import Overlays
+from app.engine.ports.images import Measure, Overlays
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
 from app.engine.views import DomainState
@@ -75,7 +75,7 @@ class Planner:
         most = rules.plan(chosen, replace(facts, crowded=True))
         doubtful = isinstance(most, Problem) and most.code is Code.INSUFFICIENT_STORAGE
         if doubtful or (exact and isinstance(plan, Plan)):
-            measure = await meanwhile(self._shared.images.measure([*inquiry.read, inquiry.written], process))
+            measure = await meanwhile(self._measure(inquiry))
             if measure is not None:
                 copied, new, crowded = measure.bytes_to_copy, measure.new_bytes, measure.crowded
                 plan = rules.plan(chosen, replace(facts, bytes_to_copy=copied, new_bytes=new, crowded=crowded))
@@ -116,7 +116,9 @@ class Planner:
             (locked, free, is_device, undeletable), header, strangers, holders = await meanwhile(asked)
         finally:
             asked.cancel()
-        user = known.user_of(written, self._registration.id, disk) or holders.get(written)
+        user = None
+        if inquiry.alone:
+            user = known.user_of(written, self._registration.id, disk) or holders.get(written)
         if user is None and strangers.files:
             path = strangers.files[0].path
             why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"
@@ -154,8 +156,15 @@ class Planner:
         )
         return written, header, strangers, holders
 
+    async def _measure(self, inquiry: Inquiry) -> Measure | None:
+        read, written = inquiry.read, inquiry.written
+        layers = (written, *read) if inquiry.upwards else (*read, written)
+        return await self._shared.images.measure(layers, self._connection.process, upwards=inquiry.upwards)
+
     async def _strangers(self, disk: Disk, inquiry: Inquiry) -> Overlays:
         """Overlays on the layers that nobody has told of, but for those that a merge has left behind."""
+        if not inquiry.alone:
+            return Overlays()
         # What stands in a raw image is the word of a guest.
         besides = [*(Image.of(layer) for layer in disk.layers), *self._shared.known.headerless()]
         found = await self._shared.images.overlays_on(

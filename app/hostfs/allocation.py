@@ -202,12 +202,60 @@ async def measure(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: Q
         for entry in top_map
         if entry["depth"] < depth and entry.get("present", True)
     ]
+    copied = _with_zeros(copied, layers[:-1])
     new = new_bytes(copied, whole(taken, cluster, end), cluster)
     return Measure(
         bytes_to_copy=sum(end - start for start, end in copied),
         new_bytes=new,
         crowded=shared or len(in_place) < len(held),
     )
+
+
+async def measure_pull(layers: Sequence[Layer], judged: Sequence[Judged], qemu_img: QemuImg) -> Measure | None:
+    """As `measure`, of a pull into the first layer of what the others have and it does not."""
+    try:
+        described = [_described(layer.format, each) for layer, each in zip(layers, judged, strict=True)]
+        found = await qemu_img.map(_stacked(described), [each.file for each in judged])
+    finally:
+        for each in judged:
+            os.close(each.file)
+    if found is None:
+        return None
+    # A cluster that the layer has is kept, also one of zeros: nothing is written over.
+    pulled = [
+        (entry["start"], entry["start"] + entry["length"])
+        for entry in found
+        if entry["depth"] > 0 and entry.get("present", True)
+    ]
+    held = [(entry["start"], entry["start"] + entry["length"]) for entry in found if entry["depth"] == 0]
+    pulled = _without(_with_zeros(pulled, layers[1:]), held, layers[0].virtual_size)
+    return Measure(
+        bytes_to_copy=sum(end - start for start, end in pulled), new_bytes=new_bytes(pulled, (), layers[0].cluster_size)
+    )
+
+
+def _with_zeros(copied: Sequence[tuple[int, int]], read: Sequence[Layer]) -> list[tuple[int, int]]:
+    """What is copied of the `read` layers, topmost first: also the zeros beyond the end of one below the first.
+
+    No map tells of them: to QEMU they are a part of the layer that is too short (block/io.c:
+    bdrv_co_common_block_status_above).
+    """
+    end, last = min(layer.virtual_size for layer in read), read[0].virtual_size
+    if end >= last:
+        return list(copied)
+    return [*((start, min(stop, end)) for start, stop in copied if start < end), (end, last)]
+
+
+def _without(ranges: Sequence[tuple[int, int]], held: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """The parts of the ranges that are not `held`, before `end`; all in rising order."""
+    left: list[tuple[int, int]] = []
+    for first, last in ranges:
+        at = first
+        for start, stop in (*held, (end, last)):
+            if start > at and at < min(start, last):
+                left.append((at, min(start, last)))
+            at = max(at, stop)
+    return left
 
 
 def _described(driver: str, judged: Judged) -> dict[str, object]:

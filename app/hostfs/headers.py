@@ -25,7 +25,7 @@ HEADER: Final = 65536
 
 
 def read_header(overlay: str, identity: Identity, process: Process | None, roots: Roots) -> HeaderReading | None:
-    """Where the header of an image leads, as it stands on the disk now; None where it can't be read or leads nowhere.
+    """Where the header of an image leads, as it stands on the disk now; None where it can't be read.
 
     Returns None, too, if `overlay` now names another file than `identity`. Paths are those of the process.
     """
@@ -34,7 +34,7 @@ def read_header(overlay: str, identity: Identity, process: Process | None, roots
     except (OSError, ValueError):
         return None
     if header.backing is None:
-        return None
+        return HeaderReading(file=None)
     means = meaning(header.backing, overlay=overlay, folder=_folder(process))
     if means is None or means.path is None:
         return HeaderReading(file=header.backing)

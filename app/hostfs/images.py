@@ -95,10 +95,15 @@ class LocalImages:
         """Whether a process other than `process` holds an image lock on `path`, or nobody can tell in time."""
         return path.startswith("/") and await self._do(True, process, locks.locked_by_another, path, process)
 
-    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
+    async def measure(
+        self, layers: Sequence[Layer], process: Process | None, *, upwards: bool = False
+    ) -> Measure | None:
         """Read the maps of a run of layers, topmost first; None where the tool or the files can't be had in time."""
         judged = await self._do(None, process, allocation.judge, layers, process, self._roots)
-        return None if judged is None else await allocation.measure(layers, judged, self._qemu_img)
+        if judged is None:
+            return None
+        count = allocation.measure_pull if upwards else allocation.measure
+        return await count(layers, judged, self._qemu_img)
 
     async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
         """Why the topmost layer, over all others, does not show what the last one shows; None if it does."""

@@ -126,25 +126,27 @@ def test_a_plan() -> None:
         "free": 10**12,
         "resizes_base_to": None,
         "backing_file": "base.qcow2",
-        "qmp": {
-            "execute": "block-commit",
-            "arguments": {
-                "device": "s2",
-                "top-node": "s1",
-                "base-node": "base",
-                "backing-file": "base.qcow2",
-                "speed": 2 << 20,
-                "on-error": "report",
-                "auto-finalize": False,
-                "auto-dismiss": False,
-            },
-        },
+        "qmp": [
+            {
+                "execute": "block-commit",
+                "arguments": {
+                    "device": "s2",
+                    "top-node": "s1",
+                    "base-node": "base",
+                    "backing-file": "base.qcow2",
+                    "speed": 2 << 20,
+                    "on-error": "report",
+                    "auto-finalize": False,
+                    "auto-dismiss": False,
+                },
+            }
+        ],
     }
 
 
 def test_a_plan_of_the_active_layer_writes_no_header() -> None:
     """QEMU refuses a `backing-file` for the active layer; a speed of 0 is not sent."""
-    arguments = plan_out(planned(flags=["active"])).qmp.arguments
+    arguments = plan_out(planned(flags=["active"])).qmp[0].arguments
     assert list(arguments) == ["device", "top-node", "base-node", "on-error", "auto-finalize", "auto-dismiss"]
 
 

@@ -111,6 +111,12 @@ def active_job(*flags: str, on_ready: OnReady = OnReady.WAIT, on_error: OnError 
     return job_for(request(flags=("active", *flags), on_ready=on_ready, on_error=on_error))
 
 
+def commit_spec(job: Job) -> CommitSpec:
+    """The spec of a job that is a commit."""
+    assert isinstance(job.spec, CommitSpec)
+    return job.spec
+
+
 def shows(proof: Proof, *, flushed: bool = True) -> Gathered:
     """A reading of the graph, and of the overlay's header, that proves this of any job above.
 

@@ -9,7 +9,7 @@ from app.core.job import adopted
 from app.core.kinds import adopt
 from app.core.orphan import OrphanJob
 from app.core.states import DataState, JobType, OnReady, State
-from tests.core.samples import FILES, LAYERS, NODES, PROCESS, disk
+from tests.core.samples import FILES, LAYERS, NODES, PROCESS, commit_spec, disk
 
 
 def orphan(*, top: int, on: Disk | None = None, merged: tuple[str, ...] | None = None) -> OrphanJob:
@@ -30,7 +30,7 @@ def test_an_orphan_gets_a_record(top: int, type_: JobType) -> None:
     assert (job.top_file, job.base_file, job.overlay_file) == (FILES[top], FILES[3], FILES[0] if top else None)
     assert job.spec.flag_names == ([] if top else ["active"])
     assert (job.bandwidth, job.control.process, job.created_at, job.started_at) == (7, PROCESS, 500, 500)
-    assert (job.requested_by, job.spec.deletes) == ("unknown", ())
+    assert (job.requested_by, commit_spec(job).deletes) == ("unknown", ())
     assert [layer.node for layer in job.spec.merged] == list(NODES[top:3])
 
 

@@ -18,6 +18,7 @@ from app.journal.database import FILE
 from app.journal.journal import SqliteJournal
 from app.journal.outbox import SqliteOutbox
 from app.journal.tokens import Tokens
+from tests.core.samples import commit_spec
 
 from .support import SetClock, run
 
@@ -71,7 +72,7 @@ async def every_job(journal: SqliteJournal) -> dict[str, Job]:
 
 def own(job: Job) -> dict[str, object]:
     """What the service keeps of a job for itself and shows nobody, under the names of the older release."""
-    control, spec = job.control, job.spec
+    control, spec = job.control, commit_spec(job)
     layers = spec.disk.layers
     return {
         "intent": control.intent,

@@ -88,7 +88,7 @@ def assert_merged(
         assert not any(image in file for image in merged)
 
 
-def finish(service: Service, qemu: Qemu, domain: str, disk: str = "vda", **body: object) -> JSON:
+def finish(service: Service, qemu: Qemu, domain: str, disk: str = "vda", **body: Any) -> JSON:
     """Start a commit, and check the job and the chain at its end; the job."""
     before = [layer["file"] for layer in service.disk(domain, disk)["chain"]]
     started = service.started(domain, disk, **body)
@@ -297,7 +297,7 @@ def test_bandwidth_units(service: Service, bitmask_domain: str, *, bandwidth: in
     """`bandwidth` is MiB/s, with `bandwidth_bytes` bytes/s; the largest of both fit into QEMU's `speed`."""
     url = f"/domains/{bitmask_domain}/disks/vda/commit?dry_run=true"
     plan = service.client.post(url, json={"top": "vda[1]", "bandwidth": bandwidth, "flags": flags}).json()
-    assert plan["qmp"]["arguments"].get("speed", 0) == expected
+    assert plan["qmp"][0]["arguments"].get("speed", 0) == expected
 
 
 @pytest.mark.parametrize(("bandwidth", "flags", "expected"), [(1, [], MIB), (65536, ["bandwidth_bytes"], 65536)])
@@ -638,8 +638,8 @@ def test_dry_run_tells_what_happens(service: Service, boot: Boot, domain: str, c
         "backing_file": "l1.qcow2",
     }
     assert {key: plan[key] for key in expected} == expected
-    arguments = plan["qmp"]["arguments"]
-    assert plan["qmp"]["execute"] == "block-commit"
+    arguments = plan["qmp"][0]["arguments"]
+    assert plan["qmp"][0]["execute"] == "block-commit"
     assert [arguments[key] for key in ("device", "top-node", "base-node")] == ["n4", "n3", "n1"]
     assert 0 < plan["bytes_to_copy"] <= len(chain.view)
     assert 0 <= plan["base_growth_max"] < plan["free"]

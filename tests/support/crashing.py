@@ -205,11 +205,13 @@ class DyingRunner(Around):
         super().__init__(inner, fuse, lambda attribute, _arguments: QMP.get(attribute))
         self._monitor = inner
 
-    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = (), read_only: Sequence[str] = ()) -> None:
         """As the monitor's own, node by node."""
         await self._fuse.around("job-dismiss", lambda: self._monitor.conclude(job_id))
         for number, node in enumerate(nodes, 1):
             await self._fuse.around(f"blockdev-del-{number}", lambda node=node: self._monitor.conclude(job_id, [node]))
+        if read_only:
+            await self._fuse.around("reopen", lambda: self._monitor.conclude(job_id, (), read_only))
 
 
 class DyingImages(Around):

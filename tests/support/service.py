@@ -172,9 +172,13 @@ class Service:
         """Ask for a commit."""
         return self.client.post(f"/domains/{domain}/disks/{disk}/commit", json=body)
 
-    def started(self, domain: str, disk: str = "vda", **body: object) -> JSON:
-        """Ask for a commit that has to be accepted; its job."""
-        response = self.commit(domain, disk, **body)
+    def pull(self, domain: str, disk: str = "vda", **body: object) -> httpx.Response:
+        """Ask for a pull."""
+        return self.client.post(f"/domains/{domain}/disks/{disk}/pull", json=body)
+
+    def started(self, domain: str, disk: str = "vda", *, verb: str = "commit", **body: object) -> JSON:
+        """Ask for a job that has to be accepted; the job."""
+        response = self.client.post(f"/domains/{domain}/disks/{disk}/{verb}", json=body)
         assert response.status_code == 202, response.text
         return response.json()
 

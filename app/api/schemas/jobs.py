@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from app.api.problems import ProblemOut, problem_document
 from app.api.schemas.base import Out, time_or_none, timestamp
@@ -41,14 +41,16 @@ class ResultOut(Out):
     invalidated: Sequence[str]
     deleted: Sequence[str]
     not_deleted: Sequence[NotDeletedOut]
-    verified: int | None = Field(default=None, description="bytes that were compared; only where `verify` asked for it")
-
-    @model_serializer(mode="wrap")
-    def _only_where_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
-        written: dict[str, object] = write(self)
-        if self.verified is None:
-            del written["verified"]
-        return written
+    verified: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="bytes that were compared; only where `verify` asked for it",
+    )
+    unused: Sequence[str] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="files that the disk does not use any more, and whose content is right; not after a commit",
+    )
 
 
 class ResolutionOut(Out):
@@ -68,7 +70,7 @@ class JobOut(Out):
     domain: str
     disk: str
     top: str
-    base: str
+    base: str | None = Field(description="null after a pull of everything below `top`")
     overlay: str | None = Field(description="the layer above `top`; null for the active layer")
     flags: Sequence[str]
     on_ready: OnReady
@@ -104,6 +106,7 @@ def job_out(job: Job) -> JobOut:
         invalidated=job.result.invalidated,
         deleted=job.result.deleted,
         verified=job.result.verified,
+        unused=job.result.unused,
         not_deleted=[NotDeletedOut(file=left.file, reason=left.reason) for left in job.result.not_deleted],
     )
     done = job.progress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from pydantic import Field
 
@@ -23,30 +22,35 @@ class WarningOut(Out):
 class CommandOut(Out):
     """What QEMU will be told, but for the job's id."""
 
-    execute: Literal["block-commit"] = "block-commit"
+    execute: str
     arguments: dict[str, object]
 
 
 class PlanOut(Out):
-    """What a commit would do. Sizes in bytes."""
+    """What a job would do. Sizes in bytes."""
 
     type: JobType
     disk: str
     top: str
-    base: str
+    base: str | None
     overlay: str | None
     flags: Sequence[str]
     chain_before: Sequence[str]
     chain_after: Sequence[str]
     invalidates: Sequence[str] = Field(description="files that must not be used any more")
     deletes: Sequence[str]
+    unused: Sequence[str] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="files that the disk does not use any more then, and whose content stays right; not of a commit",
+    )
     bytes_to_copy: int
-    base_growth_max: int
-    free: int | None = Field(description="on the file system of `base`; null where the service can't see it")
+    base_growth_max: int = Field(description="of the layer that is written to: `base`, or of a pull `top`")
+    free: int | None = Field(description="on the file system of that layer; null where the service can't see it")
     resizes_base_to: int | None
-    backing_file: str | None = Field(description="what the header of `overlay` will say")
+    backing_file: str | None = Field(description="what the header of `overlay`, or of a pull that of `top`, will say")
     warnings: Sequence[WarningOut]
-    qmp: CommandOut
+    qmp: Sequence[CommandOut] = Field(description="the commands that start the job")
 
 
 def plan_out(plan: Plan[Spec]) -> PlanOut:
@@ -63,11 +67,12 @@ def plan_out(plan: Plan[Spec]) -> PlanOut:
         chain_after=plan.chain_after,
         invalidates=plan.invalidates,
         deletes=plan.deletes,
+        unused=plan.unused,
         bytes_to_copy=plan.demand.copies,
         base_growth_max=plan.demand.growth,
         free=plan.free,
         resizes_base_to=plan.resizes_base_to,
         backing_file=plan.backing_file,
         warnings=[WarningOut(code=warning.code, detail=warning.detail) for warning in plan.warnings],
-        qmp=CommandOut.model_validate({"execute": plan.command.execute, "arguments": dict(plan.command.arguments)}),
+        qmp=[CommandOut(execute=each.execute, arguments=dict(each.arguments)) for each in plan.commands],
     )

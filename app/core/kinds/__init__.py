@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from app.core.kinds import commit
+from app.core.kinds import commit, pull
 from app.core.kinds.base import Capabilities, JobKind
 from app.core.kinds.commit import CommitSpec
+from app.core.kinds.pull import PullSpec
 from app.core.orphan import OrphanJob
 from app.core.plan import Plan
 
-Spec = CommitSpec
+Spec = CommitSpec | PullSpec
 """The spec of any kind; the journal tells them apart by their `kind` and `layout`."""
 
-KINDS: Final[Mapping[str, JobKind]] = {"commit": commit}
+KINDS: Final[Mapping[str, JobKind]] = {"commit": commit, "pull": pull}
 
 
 def kind_of(spec: Spec) -> JobKind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -112,8 +112,8 @@ class JobSpec(Protocol):
         ...
 
     @property
-    def base_file(self) -> str:
-        """The image at the bottom of what the job works on."""
+    def base_file(self) -> str | None:
+        """The image at the bottom of what the job works on; None where nothing is below then."""
         ...
 
     @property
@@ -138,7 +138,9 @@ class Capabilities:
     held_at_pending: bool
     """QEMU holds it at `pending` until its data is flushed and it is finalized (`auto-finalize: false`)."""
     header_proves: bool
-    """Its outcome can be read from the header of the layer above `top`."""
+    """Its outcome can be read from the header of the layer above those that leave the chain."""
+    only_flushed: bool
+    """It must not take effect before its data is on the disk: a QEMU that ends right then would lose it."""
     data_at_start: DataState
     """What its start does to the images: QEMU may write at any moment from then on."""
 
@@ -147,17 +149,21 @@ class Capabilities:
 class CleanUp:
     """What is tidied up after a judgement.
 
-    `release` are the nodes to delete, in that order. `to_delete` are the files to unlink, each with the image that it
-    must be. `compared` are the layers, topmost first, whose view has to be the same as that of the last
-    of them before anything is deleted. `chain` are the files of the chain as the judgement has it.
+    `release` are the nodes to delete, in that order, `read_only` those to be open for reading only again. `to_delete`
+    are the files to unlink, each with the image that it must be. `compared` are the layers, topmost first, whose view
+    has to be the same as that of the last of them before anything is deleted. `chain` are the files of the chain as the
+    judgement has it. `unused` are those that the disk does not use any more, of a kind that leaves them all right; None
+    of any other.
     """
 
     release: tuple[str, ...] = ()
+    read_only: tuple[str, ...] = ()
     to_delete: Mapping[str, Image] = field(default_factory=dict[str, Image])
     invalidated: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
     compared: tuple[LayerRecord, ...] = ()
     chain: tuple[str, ...] = ()
+    unused: tuple[str, ...] | None = None
 
     def without_deletions(self, why: str) -> CleanUp:
         """The same, with all files left for that reason."""
@@ -168,9 +174,14 @@ class CleanUp:
 class JobKind(Protocol):
     """A kind of job: one module of pure functions. `spec` is the kind's own class of spec.
 
-    A kind also has functions `request(...)`, `select(disk, request, ...)` and `plan(selection, facts)`, whose
-    arguments are its own; between the last two the house answers `inquiry(selection)`.
+    From `request(...)`, whose arguments are its own, over `select(disk, request, ...)` to `plan(selection, facts)`;
+    between the last two the house answers `inquiry(selection)`.
     """
+
+    @property
+    def request(self) -> Callable[..., Any]:
+        """Makes the request from the fields of its body, or the `Problem` of what is wrong with them."""
+        ...
 
     def select(
         self, disk: Disk, request: Any, *, identities: Mapping[str, Identity] | None = None, conflict: str | None = None
@@ -208,6 +219,14 @@ class JobKind(Protocol):
 
     def mixed(self, spec: Any) -> tuple[LayerRecord, ...]:
         """The layers whose own content can't be relied on from the job's start to its completion."""
+        ...
+
+    def worthless(self, spec: Any) -> tuple[LayerRecord, ...]:
+        """The layers that nobody needs any more once the job has completed, and whose content may be wrong then."""
+        ...
+
+    def written(self, spec: Any) -> LayerRecord:
+        """The layer that the job copies into."""
         ...
 
     def flushes(self, spec: Any) -> str:

@@ -27,10 +27,9 @@ from enum import IntFlag
 from typing import Literal
 
 from app.core.chain import Disk, Identity, NotDeleted
-from app.core.errors import Code, Problem, invalid, invalid_together
+from app.core.errors import Code, Problem, invalid
 from app.core.evidence import Evidence, Judgement, Proof
-from app.core.flags import bandwidth_in_bytes, flag_names, parse_flags
-from app.core.headers import NAME_MAX
+from app.core.flags import flag_names
 from app.core.images import Access, Claim, DiskChain
 from app.core.kinds.base import Capabilities, CleanUp, DiskRecord, LayerRecord
 from app.core.kinds.layers import (
@@ -38,6 +37,7 @@ from app.core.kinds.layers import (
     LayersSpec,
     absolute_header,
     base_below,
+    common_fields,
     demand_on,
     find_top,
     nodes_to_release,
@@ -46,7 +46,7 @@ from app.core.kinds.layers import (
     unusable,
 )
 from app.core.kinds.naming import header_string, proposals
-from app.core.kinds.outcome import chain_proof, judged
+from app.core.kinds.outcome import chain_proof, header_doubt, judged, pivot_doubt
 from app.core.kinds.refusals import (
     data_files,
     merge_warnings,
@@ -142,14 +142,10 @@ def request(
     verify: bool = False,
 ) -> CommitRequest | Problem:
     """The request from the fields of its body, or what is wrong with them. `""` as a layer is no layer."""
-    parsed = parse_flags(flags, CommitFlag)
-    # Without the flags the unit is not known; the wider of the two ranges is wrong in no case.
-    speed = bandwidth_in_bytes(bandwidth, in_bytes=isinstance(parsed, Problem) or CommitFlag.BANDWIDTH_BYTES in parsed)
-    wrong = [found for found in (parsed, speed) if isinstance(found, Problem)]
-    if backing_file is not None and not 0 < len(backing_file.encode()) <= NAME_MAX:
-        wrong.append(invalid("/backing_file", f"expected 1 to {NAME_MAX} bytes, as an image header holds no more"))
-    if isinstance(parsed, Problem) or isinstance(speed, Problem) or wrong:
-        return invalid_together(wrong)
+    fields = common_fields(flags, CommitFlag, CommitFlag.BANDWIDTH_BYTES, bandwidth, backing_file)
+    if isinstance(fields, Problem):
+        return fields
+    parsed, speed = fields
     if base and CommitFlag.SHALLOW in parsed:
         detail = "`shallow` chooses the base: the layer right below `top`; leave out `base` or the flag"
         return Problem(code=Code.SHALLOW_WITH_BASE, detail=detail)
@@ -211,9 +207,7 @@ def _wrong_ending(chosen: CommitSelection) -> Problem | None:
         absolute = absolute_header(chosen.disk, chosen.top_index - 1, chosen.base_index)
         if absolute is not None:
             return absolute
-    if chosen.disk.temporary:
-        return temporary(chosen.disk)
-    return None
+    return temporary(chosen.disk) if chosen.disk.temporary else None
 
 
 def inquiry(selection: CommitSelection) -> Inquiry:
@@ -236,23 +230,18 @@ def _names(selection: CommitSelection) -> tuple[str, ...]:
 
 def plan(selection: CommitSelection, facts: Facts) -> Plan[CommitSpec] | Problem:
     """The plan, or the reason why the base can't take the data."""
-    header = refused(selection, facts) or _header(selection, facts)
+    given = selection.request.backing_file is not None
+    header = refused(selection, facts) or header_string(selection, _names(selection), facts.header, given=given)
     if isinstance(header, Problem):
         return header
     planned = _planned(selection, facts, header)
     return no_room(planned.demand, facts.free) or planned
 
 
-def _header(selection: CommitSelection, facts: Facts) -> str | Problem | None:
-    """What the header of the overlay will say; None where none is written."""
-    names, given = _names(selection), selection.request.backing_file is not None
-    return header_string(selection, names, facts.header, given=given) if names else None
-
-
 def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Plan[CommitSpec]:
     base, top, request = selection.base, selection.top, selection.request
     size = max(base.virtual_size, top.virtual_size)
-    demand = demand_on(base, selection.merged, facts, size=size, speed=request.bandwidth)
+    demand = demand_on(base, selection.merged, facts, size=size, speed=request.bandwidth, beneath=selection.beneath)
     keep, files = request.on_ready is OnReady.KEEP, selection.disk.files
     invalidates = files[selection.top_index + keep : selection.base_index]
     delete = CommitFlag.DELETE in request.flags
@@ -286,7 +275,7 @@ def _planned(selection: CommitSelection, facts: Facts, header: str | None) -> Pl
         resizes_base_to=resize,
         backing_file=header,
         warnings=tuple(merge_warnings(selection, facts, demand.growth, resize, kept_files)),
-        command=command(spec, bandwidth=request.bandwidth, on_error=request.on_error),
+        commands=(command(spec, bandwidth=request.bandwidth, on_error=request.on_error),),
     )
 
 
@@ -311,12 +300,10 @@ def adopt(orphan: OrphanJob) -> Plan[CommitSpec] | None:
     found = run_of_layers(orphan, merged, base) if orphan.job_type == "commit" and base is not None else None
     if found is None:
         return None
-    disk, top_index, base_index = found
-    asked = CommitRequest(bandwidth=orphan.speed, flags=CommitFlag(0) if top_index else CommitFlag.ACTIVE)
+    disk, top, base_index = found
+    asked = CommitRequest(bandwidth=orphan.speed, flags=CommitFlag(0) if top else CommitFlag.ACTIVE)
     # Nothing is asked: QEMU is writing to the base anyway, and has its string for the header.
-    return _planned(
-        CommitSelection(disk=disk, request=asked, top_index=top_index, base_index=base_index), Facts(), None
-    )
+    return _planned(CommitSelection(disk=disk, request=asked, top_index=top, base_index=base_index), Facts(), None)
 
 
 # What an accepted commit is, and how it ends --------------------------------------------------------------------------
@@ -329,6 +316,7 @@ def capabilities(spec: CommitSpec) -> Capabilities:
         ends_because="" if spec.active else "merges below the active layer",
         held_at_pending=not spec.active,
         header_proves=not spec.active,
+        only_flushed=False,
         data_at_start=DataState.BASE_MODIFIED,
     )
 
@@ -363,6 +351,16 @@ def mixed(spec: CommitSpec) -> tuple[LayerRecord, ...]:
     return spec.disk.layers[max(spec.top_index, 1) : spec.base_index]
 
 
+def worthless(spec: CommitSpec) -> tuple[LayerRecord, ...]:
+    """The merged layers: the base has what they had, and is written to."""
+    return spec.merged
+
+
+def written(spec: CommitSpec) -> LayerRecord:
+    """The base."""
+    return spec.base
+
+
 def flushes(spec: CommitSpec) -> str:
     """The base's node, below the active layer."""
     return "" if spec.active else spec.base.node
@@ -380,7 +378,8 @@ def prove(spec: CommitSpec, evidence: Evidence) -> Proof:
 
 def judge(spec: CommitSpec, evidence: Evidence) -> Judgement:
     """The ending that QEMU's last word and the chain prove together."""
-    return judged(spec, evidence, capabilities(spec))
+    doubt = pivot_doubt if spec.active else header_doubt
+    return judged(spec, evidence, capabilities(spec), doubt=lambda said: doubt(spec, said))
 
 
 def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:

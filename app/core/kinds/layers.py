@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from app.core.chain import Disk, Identity, Layer
-from app.core.errors import Code, Problem
+from app.core.errors import Code, Problem, invalid, invalid_together
 from app.core.evidence import GraphReading, HeaderReading, Proof
+from app.core.flags import F, bandwidth_in_bytes, parse_flags
 from app.core.growth import growth
+from app.core.headers import NAME_MAX
 from app.core.kinds.base import DiskRecord, LayerRecord
 from app.core.orphan import OrphanJob
 from app.core.plan import Demand, Facts
@@ -18,7 +20,11 @@ from app.core.sameness import Sameness, same
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersSelection:
-    """The layers that a request means: positions in the disk's chain, `top_index` above `base_index`."""
+    """The layers that a request means: positions in the disk's chain, `top_index` above `base_index`.
+
+    The layers from `top_index` down to the one above `base_index` leave the chain. What has nothing below itself then
+    has the chain's length as `base_index`.
+    """
 
     disk: Disk
     top_index: int
@@ -36,8 +42,18 @@ class LayersSelection:
 
     @property
     def base(self) -> Layer:
-        """The bottom layer."""
+        """The bottom layer, of a kind that always has one."""
         return self.disk.layers[self.base_index]
+
+    @property
+    def below(self) -> Layer | None:
+        """The layer right below those that leave the chain."""
+        return next(iter(self.disk.layers[self.base_index :]), None)
+
+    @property
+    def beneath(self) -> Layer | None:
+        """The layer right below the one below."""
+        return next(iter(self.disk.layers[self.base_index + 1 :]), None)
 
     @property
     def overlay(self) -> Layer | None:
@@ -54,7 +70,7 @@ class LayersSelection:
 class LayersSpec:
     """The same for a job that was accepted. `top_index` and `base_index` are positions in `disk.layers`.
 
-    `header_seen`: the service could read the header of the layer above `top` then, so it has to be able to afterwards.
+    `header_seen`: the service could read the header of the layer `above` then, so it has to be able to afterwards.
     """
 
     disk: DiskRecord
@@ -74,23 +90,58 @@ class LayersSpec:
 
     @property
     def base(self) -> LayerRecord:
-        """The bottom layer."""
+        """The bottom layer, of a kind that always has one."""
         return self.disk.layers[self.base_index]
 
     @property
+    def above(self) -> LayerRecord | None:
+        """The layer right above those that leave the chain, whose header leads to the one below afterwards."""
+        return None if self.active else self.disk.layers[self.top_index - 1]
+
+    @property
+    def below(self) -> LayerRecord | None:
+        """The layer right below those that leave the chain."""
+        return next(iter(self.disk.layers[self.base_index :]), None)
+
+    @property
     def top_file(self) -> str:
-        """The topmost image."""
+        """The topmost image that leaves the chain."""
         return self.disk.layers[self.top_index].file
 
     @property
-    def base_file(self) -> str:
-        """The image at the bottom."""
-        return self.base.file
+    def base_file(self) -> str | None:
+        """The image below those."""
+        return None if self.below is None else self.below.file
 
     @property
     def overlay_file(self) -> str | None:
         """The image above `top`."""
-        return None if self.active else self.disk.layers[self.top_index - 1].file
+        return None if self.above is None else self.above.file
+
+    @property
+    def lasting(self) -> LayerRecord:
+        """A layer that is in the chain before and after: the one below, or else the one above."""
+        lasting = self.below or self.above
+        assert lasting is not None
+        return lasting
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+
+def common_fields(
+    flags: int | Sequence[str], known: type[F], in_bytes: F, bandwidth: int, backing_file: str | None
+) -> tuple[F, int] | Problem:
+    """The flags, and the speed in bytes/s, or what is wrong with these fields of a request."""
+    parsed = parse_flags(flags, known)
+    # Without the flags the unit is not known; the wider of the two ranges is wrong in no case.
+    speed = bandwidth_in_bytes(bandwidth, in_bytes=isinstance(parsed, Problem) or in_bytes in parsed)
+    wrong = [found for found in (parsed, speed) if isinstance(found, Problem)]
+    if backing_file is not None and not 0 < len(backing_file.encode()) <= NAME_MAX:
+        wrong.append(invalid("/backing_file", f"expected 1 to {NAME_MAX} bytes, as an image header holds no more"))
+    if isinstance(parsed, Problem) or isinstance(speed, Problem) or wrong:
+        return invalid_together(wrong)
+    return parsed, speed
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
@@ -166,15 +217,23 @@ def _no_layer(disk: Disk, name: str) -> str:
 # Planning -------------------------------------------------------------------------------------------------------------
 
 
-def demand_on(target: Layer, read: Sequence[Layer], facts: Facts, *, size: int, speed: int) -> Demand:
-    """What copying the data of the `read` layers into `target` asks of the host.
+def demand_on(
+    target: Layer, read: Sequence[Layer], facts: Facts, *, size: int, speed: int, beneath: Layer | None = None
+) -> Demand:
+    """What copying the data of the `read` layers, topmost first, into `target` asks of the host.
 
-    `size` is the virtual size that `target` has then, in bytes, `speed` in bytes/s.
+    `size` is the virtual size that `target` has then, in bytes, `speed` in bytes/s. What a longer layer `beneath` has
+    must not show where `target` grows, so that becomes zeros.
     """
-    copied = sum(layer.actual_size for layer in read) if facts.bytes_to_copy is None else facts.bytes_to_copy
+    copied = facts.bytes_to_copy
+    if copied is None:
+        # What is beyond the end of a layer below the first one is copied as zeros.
+        ends = [layer.virtual_size for layer in read]
+        copied = sum(layer.actual_size for layer in read) + ends[0] - min(ends)
     new = copied if facts.new_bytes is None else facts.new_bytes
     on_device = facts.written_is_device and target.format == "raw"
-    grown = 0 if on_device else growth(target, size, new, crowded=facts.crowded)
+    zeroed = 0 if beneath is None else max(0, min(beneath.virtual_size, size) - target.virtual_size)
+    grown = 0 if on_device else growth(target, size, new, zeroed=zeroed, crowded=facts.crowded)
     return Demand(file=target.file, growth=grown, copies=copied, speed=speed)
 
 
@@ -205,8 +264,8 @@ def nodes_to_release(disk: Disk, top_index: int, base_index: int) -> tuple[str, 
     """
     nodes: list[str] = []
     for position in range(top_index, base_index):
-        layer, beneath = disk.layers[position], disk.layers[position + 1]
-        nodes += [layer.node, *layer.below, *beneath.filters]
+        layer, beneath = disk.layers[position], disk.layers[position + 1 : position + 2]
+        nodes += [layer.node, *layer.below, *(name for below in beneath for name in below.filters)]
     return tuple(nodes)
 
 
@@ -217,24 +276,29 @@ def proof_of_graph(spec: LayersSpec, graph: GraphReading) -> Proof:
     """What the disk's chain in QEMU's graph says of the job.
 
     Other layers may have come on top meanwhile (a snapshot right after the merge), so only the job's own layers count:
-    merged, if those above the base are gone and the base is there; unchanged, if all are there in their order. A node
-    of the same name with another file is another layer, and a merged file under another node's name is still there.
+    merged, if those between are gone and the one that lasts is there; unchanged, if all are there in their order. A
+    node of the same name with another file is another layer, and a merged file under another node's name is still
+    there.
     """
     nodes, seen = graph.nodes, dict(zip(graph.nodes, graph.identities, strict=False))
-    merged, base = tuple(layer.node for layer in spec.merged), spec.base.node
-    if base not in nodes or any(
-        same(seen.get(layer.node), layer.identity) is Sameness.OTHER for layer in (*spec.merged, spec.base)
+    merged, below, lasting = tuple(layer.node for layer in spec.merged), spec.below, spec.lasting
+    if lasting.node not in nodes or any(
+        same(seen.get(layer.node), layer.identity) is Sameness.OTHER for layer in (*spec.merged, lasting)
     ):
         return Proof.UNKNOWN
     if not set(merged) & set(nodes):
+        if below is None and nodes[-1] != lasting.node:
+            return Proof.UNKNOWN
         files = {layer.identity for layer in spec.merged if layer.identity is not None}
         return Proof.UNKNOWN if files.intersection(graph.identities) else Proof.MERGED
     start = nodes.index(merged[0]) if merged[0] in nodes else 0
-    return Proof.UNCHANGED if nodes[start : start + len(merged) + 1] == (*merged, base) else Proof.UNKNOWN
+    whole = merged if below is None else (*merged, below.node)
+    there = nodes[start:] if below is None else nodes[start : start + len(whole)]
+    return Proof.UNCHANGED if there == whole else Proof.UNKNOWN
 
 
 def proof_of_header(spec: LayersSpec, header: HeaderReading | None) -> Proof:
-    """What the header of the layer above `top` says of the job: it leads to the base, or still to `top`.
+    """What the header of the layer above says of the job: it leads to the layer below, or still to those between.
 
     A header may name a file in other ways than QEMU does (links, `..`). Names decide only where neither file was seen.
     """
@@ -242,10 +306,12 @@ def proof_of_header(spec: LayersSpec, header: HeaderReading | None) -> Proof:
         return Proof.UNKNOWN
 
     def leads_to(layer: LayerRecord) -> bool:
+        if header.file is None:
+            return False
         if header.identity is None and layer.identity is None:
             return os.path.normpath(header.file) == os.path.normpath(layer.file)
         return same(header.identity, layer.identity) is Sameness.SAME
 
-    if leads_to(spec.base):
+    if header.file is None if spec.below is None else leads_to(spec.below):
         return Proof.MERGED
     return Proof.UNCHANGED if leads_to(spec.disk.layers[spec.top_index]) else Proof.UNKNOWN

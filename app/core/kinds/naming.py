@@ -60,8 +60,13 @@ def _folder(layer: Layer) -> str:
 
 def header_string(
     selection: LayersSelection, names: Sequence[str], facts: HeaderFacts, *, given: bool
-) -> str | Problem:
-    """The first of the proposed `names` that leads to the base and fits into the overlay's header, or why none does."""
+) -> str | Problem | None:
+    """The first of the proposed `names` that leads to the base and fits into the overlay's header, or why none does.
+
+    None where there are none, as no header will name anything.
+    """
+    if not names:
+        return None
     base, overlay = selection.base, selection.overlay
     assert overlay is not None
     if overlay.format not in REWRITTEN:

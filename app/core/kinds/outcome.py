@@ -8,6 +8,7 @@ its end, proves anything. All else is `lost`, and a person is told what to look 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from app.core.errors import CANCELED, Code, Problem, qemu_problem
@@ -39,14 +40,21 @@ def chain_proof(spec: LayersSpec, evidence: Evidence, *, header_proves: bool) ->
     return Proof.MERGED if graph is Proof.UNKNOWN and header is Proof.MERGED else Proof.UNKNOWN
 
 
-def judged(spec: LayersSpec, evidence: Evidence, capabilities: Capabilities) -> Judgement:
-    """The judgement of a job of those capabilities."""
+def judged(
+    spec: LayersSpec, evidence: Evidence, capabilities: Capabilities, *, doubt: Callable[[str], str]
+) -> Judgement:
+    """The judgement of a job of those capabilities.
+
+    `doubt` is what a person is told of an outcome that nothing proves; it gets the beginning of the sentence.
+    """
     proof = chain_proof(spec, evidence, header_proves=capabilities.header_proves)
     if evidence.verdict is Verdict.ERROR:
         state, error = _refused_by_qemu(evidence)
     else:
         found = _of_pivot(evidence, proof) if capabilities.pivots else _of_header(evidence, proof)
-        state, error = found or (State.LOST, _unknown(spec, evidence, capabilities))
+        if found == COMPLETED and capabilities.only_flushed and not evidence.flushed:
+            found = None
+        state, error = found or (State.LOST, _unknown(spec, evidence, doubt))
     completed = state is State.COMPLETED
     header = evidence.header is not None and proof_of_header(spec, evidence.header) is Proof.MERGED
     # What another client has ended may have been undone by it since, also before anybody here could look.
@@ -96,7 +104,7 @@ def _of_header(evidence: Evidence, proof: Proof) -> Outcome | None:
         case Verdict.FINE, Proof.MERGED:
             return COMPLETED
         case Verdict.FINE, Proof.UNCHANGED:
-            detail = "QEMU concluded the job without error, but the chain still holds the layers to be merged"
+            detail = "QEMU concluded the job without error, but the chain still holds the layers that were to leave it"
             return State.FAILED, Problem(code=Code.NOT_MERGED, detail=detail)
         case _, Proof.MERGED if evidence.header is not None:
             return COMPLETED
@@ -123,25 +131,35 @@ def domain_gone(when: str) -> Problem:
     )
 
 
-def _unknown(spec: LayersSpec, evidence: Evidence, capabilities: Capabilities) -> Problem:
+def _unknown(spec: LayersSpec, evidence: Evidence, doubt: Callable[[str], str]) -> Problem:
     said = SAID[evidence.verdict] if evidence.verdict else "nothing is known of it"
-    active, base = spec.disk.layers[0].file, spec.base_file
-    if capabilities.pivots:
-        detail = (
-            f"{said}, and nothing proves whether the guest was moved from {active} onto {base}: one of the two has "
-            "what it wrote last. Don't start the domain from either before that is known. Find out which of them "
-            "QEMU had open for writing last (its log, the times of the files), and compare them with "
-            f"`qemu-img compare -U {active} {base}`: if they are identical, both will do. Then tell the service by "
-            "POST /jobs/{id}/resolve. No image was deleted."
-        )
-    else:
-        detail = (
-            f"{said}, and the header of {spec.overlay_file} does not prove whether it leads to {base}. Look with "
-            f"`qemu-img info -U --backing-chain {spec.overlay_file}`: if it names the base, the merge is complete; if "
-            f"it still names {spec.top_file}, nothing was merged and the chain is as it was. Then tell the service by "
-            "POST /jobs/{id}/resolve. No image was deleted."
-        )
-    return Problem(code=Code.OUTCOME_UNKNOWN, detail=detail, extra={"active": active, "base": base})
+    detail = f"{doubt(said)} Then tell the service by POST /jobs/{{id}}/resolve. No image was deleted."
+    extra = {"active": spec.disk.layers[0].file} | ({} if spec.below is None else {"base": spec.below.file})
+    return Problem(code=Code.OUTCOME_UNKNOWN, detail=detail, extra=extra)
+
+
+def header_doubt(spec: LayersSpec, said: str) -> str:
+    """How a person finds out what the header of the layer above leads to."""
+    assert spec.above is not None
+    above, first = spec.above.file, spec.disk.layers[spec.top_index].file
+    now = "no image" if spec.below is None else spec.below.file
+    names = "names none" if spec.below is None else "names the base"
+    return (
+        f"{said}, and the header of {above} does not prove whether it leads to {now}. Look with "
+        f"`qemu-img info -U --backing-chain {above}`: if it {names}, the merge is complete; if it still names {first}, "
+        "nothing was merged and the chain is as it was."
+    )
+
+
+def pivot_doubt(spec: LayersSpec, said: str) -> str:
+    """How a person finds out whether a guest was moved onto the base."""
+    active, base = spec.top_file, spec.base_file
+    return (
+        f"{said}, and nothing proves whether the guest was moved from {active} onto {base}: one of the two has "
+        "what it wrote last. Don't start the domain from either before that is known. Find out which of them "
+        "QEMU had open for writing last (its log, the times of the files), and compare them with "
+        f"`qemu-img compare -U {active} {base}`: if they are identical, both will do."
+    )
 
 
 SAID: Final = {

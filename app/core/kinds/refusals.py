@@ -25,10 +25,26 @@ def refused(selection: LayersSelection, facts: Facts) -> Problem | None:
         or _migrating(facts)
         or _tracked(selection)
         or _in_use(selection, facts)
-        or _read_only(selection, facts)
-        or _corrupt(selection)
-        or _sizes(selection, facts)
+        or _unwritable(selection.base, facts)
+        or _marked_corrupt((*selection.merged, selection.base))
+        or _uncounted(selection.base, Code.IMAGE_CORRUPT)
+        or _hidden(selection)
+        or _cannot_grow(selection, facts)
         or _overlay(selection, facts)
+    )
+
+
+def pull_refused(selection: LayersSelection, facts: Facts) -> Problem | None:
+    """The first reason, in the contract's order, why a pull into the layer above must not write to it, or can't end."""
+    overlay = selection.overlay
+    assert overlay is not None
+    return (
+        _locked(overlay, facts)
+        or _migrating(facts)
+        or _unwritable(overlay, facts)
+        or _marked_corrupt((overlay, *selection.merged))
+        or _uncounted(overlay, Code.IMAGE_CORRUPT)
+        or _hidden(selection)
     )
 
 
@@ -45,14 +61,18 @@ def _shared(selection: LayersSelection, facts: Facts) -> Problem | None:
             + (f"; {facts.shared_because}" if facts.shared_with is not None and facts.shared_because else ""),
             extra={"file": base.file, "used_by": used_by},
         )
+    return _locked(base, facts)
+
+
+def _locked(written: Layer, facts: Facts) -> Problem | None:
     # While the guest is moved, it is the other QEMU that has the lock.
-    if facts.locked and facts.survey.guest not in ELSEWHERE:
-        return Problem(
-            code=Code.IMAGE_LOCKED,
-            detail=f"another process has {base.file} open; stop it, then try again",
-            extra={"file": base.file},
-        )
-    return None
+    if not facts.locked or facts.survey.guest in ELSEWHERE:
+        return None
+    return Problem(
+        code=Code.IMAGE_LOCKED,
+        detail=f"another process has {written.file} open; stop it, then try again",
+        extra={"file": written.file},
+    )
 
 
 def _strangers(selection: LayersSelection, facts: Facts, at: int) -> list[Parent]:
@@ -142,23 +162,22 @@ def _tracked(selection: LayersSelection) -> Problem | None:
     )
 
 
-def _read_only(selection: LayersSelection, facts: Facts) -> Problem | None:
-    base = selection.base
-    words = facts.survey.unwritable.get(base.node)
+def _unwritable(written: Layer, facts: Facts) -> Problem | None:
+    words = facts.survey.unwritable.get(written.node)
     if words is None:
         return None
     locked = LOCKED.search(words) is not None
     return Problem(
         code=Code.IMAGE_LOCKED if locked else Code.IMAGE_READ_ONLY,
-        detail=f"QEMU can't open {base.file} for writing: {words}",
-        extra={"file": base.file},
+        detail=f"QEMU can't open {written.file} for writing: {words}",
+        extra={"file": written.file},
     )
 
 
-def _corrupt(selection: LayersSelection) -> Problem | None:
-    layer = next((layer for layer in (*selection.merged, selection.base) if layer.corrupt), None)
+def _marked_corrupt(layers: Sequence[Layer]) -> Problem | None:
+    layer = next((layer for layer in layers if layer.corrupt), None)
     if layer is None:
-        return _uncounted(selection.base, Code.IMAGE_CORRUPT)
+        return None
     return Problem(
         code=Code.IMAGE_CORRUPT,
         detail=f"{layer.file} is marked corrupt: QEMU would not open it for writing the next time; repair it offline "
@@ -187,16 +206,25 @@ FIXED: Final = re.compile(r"(nbd|iscsi)[:+]|json:.*\"driver\": ?\"(nbd|iscsi)\""
 """QEMU's names of what has the size of a device, on the network (block/nbd.c: nbd_co_truncate, block/iscsi.c)."""
 
 
-def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
-    base, top, overlay = selection.base, selection.top, selection.overlay
-    if overlay is not None and top.virtual_size < min(base.virtual_size, overlay.virtual_size):
-        # Beyond its end an image reads as zeros (block/io.c: bdrv_co_block_status), and nothing is copied from there.
-        return Problem(
-            code=Code.SIZES_UNSAFE,
-            detail=f"{top.file} has {top.virtual_size} bytes, less than {base.file} below and {overlay.file} above: "
-            "what the guest reads as zeros beyond its end would become what the base holds there",
-            extra={"file": top.file},
-        )
+def _hidden(selection: LayersSelection) -> Problem | None:
+    """The layers that leave the chain hide a part of the base, and leave nothing in its place.
+
+    Beyond its end an image reads as zeros (block/io.c: bdrv_co_common_block_status_above). From beyond the end of the
+    topmost of them nothing is copied, neither up nor down; zeros of those below it are.
+    """
+    below, top, overlay = selection.below, selection.top, selection.overlay
+    if below is None or overlay is None or top.virtual_size >= min(below.virtual_size, overlay.virtual_size):
+        return None
+    return Problem(
+        code=Code.SIZES_UNSAFE,
+        detail=f"{top.file} has {top.virtual_size} bytes, less than {below.file} below and {overlay.file} above: "
+        "what the guest reads as zeros beyond its end would become what the base holds there",
+        extra={"file": top.file},
+    )
+
+
+def _cannot_grow(selection: LayersSelection, facts: Facts) -> Problem | None:
+    base, top, beneath = selection.base, selection.top, selection.beneath
     if top.virtual_size <= base.virtual_size:
         return None
     why = None
@@ -206,6 +234,9 @@ def _sizes(selection: LayersSelection, facts: Facts) -> Problem | None:
         why = f"QEMU can't make images of the format {base.format} longer"
     elif base.version_2 and base.snapshots:
         why = "it is a qcow2 image of version 2 with internal snapshots"
+    elif base.version_2 and beneath is not None and beneath.virtual_size > base.virtual_size:
+        # What is below would show there, and it has no zeros to hide it (block/qcow2.c: qcow2_co_truncate).
+        why = f"it is a qcow2 image of version 2, and {beneath.file} below it is longer"
     elif base.format == "raw" and base.name.startswith("json:") and '"size"' in base.name:
         why = "QEMU has opened a part of a file"
     if why is None:
@@ -275,11 +306,11 @@ def undeletable(selection: LayersSelection, files: Sequence[str], facts: Facts) 
     return found
 
 
-def growth_warnings(target: Layer, facts: Facts, grown: int) -> list[PlanWarning]:
+def growth_warnings(target: Layer, facts: Facts, grown: int, *, code: str = "base-grows") -> list[PlanWarning]:
     """What the caller should know of the growth of a layer."""
     found: list[PlanWarning] = []
     if grown:
-        found.append(PlanWarning(code="base-grows", detail=f"{target.file} may grow by up to {grown} bytes"))
+        found.append(PlanWarning(code=code, detail=f"{target.file} may grow by up to {grown} bytes"))
     if facts.free is None and (grown or not facts.written_is_device):
         detail = f"the service can't see how far {target.file} can grow where it is"
         found.append(PlanWarning(code="free-unknown", detail=detail))
@@ -328,13 +359,34 @@ def merge_warnings(
         if layer.snapshots:
             detail = f"{layer.file} has {layer.snapshots} internal snapshots, which are no part of what is merged"
             warnings.append(PlanWarning(code="internal-snapshots-lost", detail=detail))
-        bitmaps = dict.fromkeys((*layer.bitmaps, *filter(None, layer.tracking)))
-        if bitmaps:
-            detail = f"the dirty bitmaps of {layer.file} are no part of what is merged: {', '.join(bitmaps)}"
-            warnings.append(PlanWarning(code="bitmaps-lost", detail=detail))
     return (
         growth_warnings(base, facts, grown)
         + warnings
+        + _bitmaps_lost(selection.merged, "are no part of what is merged")
         + known_defects(selection, facts.survey.version)
         + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in kept.items()]
+    )
+
+
+def _bitmaps_lost(layers: Sequence[Layer], what: str) -> list[PlanWarning]:
+    found: list[PlanWarning] = []
+    for layer in layers:
+        bitmaps = dict.fromkeys((*layer.bitmaps, *filter(None, layer.tracking)))
+        if bitmaps:
+            detail = f"the dirty bitmaps of {layer.file} {what}: {', '.join(bitmaps)}"
+            found.append(PlanWarning(code="bitmaps-lost", detail=detail))
+    return found
+
+
+def pull_warnings(selection: LayersSelection, facts: Facts, grown: int) -> list[PlanWarning]:
+    """What the caller should know of a pull; `grown` is in bytes."""
+    overlay = selection.overlay
+    assert overlay is not None
+    beneath = () if selection.below is None else (selection.below,)
+    filters = [name for layer in (*selection.merged, *beneath) for name in layer.filters]
+    dropped = f"QEMU drops the filters between the layers: {', '.join(filters)}"
+    return (
+        growth_warnings(overlay, facts, grown, code="top-grows")
+        + ([PlanWarning(code="filters-dropped", detail=dropped)] if filters else [])
+        + _bitmaps_lost(selection.merged, "are no part of the disk any more")
     )

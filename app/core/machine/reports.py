@@ -83,7 +83,7 @@ def absent_starting(job: Job, _event: Input, _now: int) -> Step:
 
 def _is_that_disk(job: Job, evidence: Evidence) -> bool:
     """Whether the images that QEMU has are known to be those that the job was accepted for."""
-    known = {layer.identity for layer in (*job.spec.merged, job.spec.base)}
+    known = {layer.identity for layer in (*job.spec.merged, job.spec.lasting)}
     return evidence.graph is not None and None not in known and known.issubset(evidence.graph.identities)
 
 

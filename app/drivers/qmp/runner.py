@@ -272,8 +272,10 @@ class QmpRunner:
         if said:
             raise Declined(Problem(code=Code.QEMU_ERROR, detail=f"{line}: {said}"))
 
-    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = (), read_only: Sequence[str] = ()) -> None:
         """Let QEMU forget a concluded job (QAPI `job-dismiss`), and delete nodes (QAPI `blockdev-del`).
+
+        A layer below that was opened for writing by a job is left so by QEMU 10 (HMP `qemu-io`: `reopen -r`).
 
         The nodes that QEMU made itself go with the node above them.
         """
@@ -290,6 +292,10 @@ class QmpRunner:
                 log.debug("node not deleted", node=node, reason=answer.problem.detail)
             elif isinstance(answer, BaseException):
                 raise answer
+        for node in read_only:
+            said = await self._connection.ask(replies.MONITOR_TEXT, {"command-line": f'qemu-io "{node}" "reopen -r"'})
+            if said.strip():
+                log.debug("node left writable", node=node, reason=said.strip())
 
     async def close(self) -> None:
         """End the connection; never raises."""

@@ -137,10 +137,11 @@ class Runner(Protocol):
         """Have QEMU write to the disk what it holds back of the node's data; a read-only node has nothing to write."""
         ...
 
-    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = (), read_only: Sequence[str] = ()) -> None:
         """Let QEMU forget a concluded job; a job that it does not know is no error.
 
-        Then delete those of the `nodes` that are left, in this order; a node that has gone already is no error.
+        Then delete those of the `nodes` that are left, in this order; a node that has gone already is no error. Those
+        that are to be `read_only` are open for reading only then, as far as nobody writes to them.
         """
         ...
 

@@ -16,7 +16,7 @@ from app.core.kinds.base import LayerRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """From the images' own maps, in bytes: what a merge copies, and how much of it is new to the written layer.
+    """From the images' own maps, in bytes: what a job copies, and how much of it is new to the written layer.
 
     `crowded`: the written layer has clusters that stay when they are written over, beside their new places.
     """
@@ -78,10 +78,12 @@ class Images(Protocol):
         """Whether a process other than `process` holds an image lock on `path`."""
         ...
 
-    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
+    async def measure(
+        self, layers: Sequence[Layer], process: Process | None, *, upwards: bool = False
+    ) -> Measure | None:
         """From the maps of a run of layers, topmost first: what a merge of all into the last one copies.
 
-        None where the tool or the files can't be had in time.
+        `upwards`: what a pull of all into the first one copies. None where the tool or the files can't be had in time.
         """
         ...
 

@@ -17,7 +17,19 @@ from app.core.kinds import KINDS, capabilities_of, commit, kind_of
 from app.core.kinds.commit import CommitFlag, CommitRequest, CommitSelection, CommitSpec
 from app.core.plan import Facts, Plan
 from app.core.states import JobType, OnError, OnReady, State
-from tests.core.samples import FILES, GIB, LAYERS, NODES, disk, plan, refusal, request, selection, with_layer
+from tests.core.samples import (
+    FILES,
+    GIB,
+    LAYERS,
+    NODES,
+    commit_spec,
+    disk,
+    plan,
+    refusal,
+    request,
+    selection,
+    with_layer,
+)
 
 EMPTY = Disk(name="vda")
 ALONE = disk(LAYERS[3])
@@ -468,6 +480,23 @@ def test_the_tables_are_those_of_the_grown_base() -> None:
     assert growth(base, facts, top_size=64 * GIB) > 63 * GIB
 
 
+def test_a_base_that_grows_hides_what_is_below_it() -> None:
+    """Zeros are marked in tables, where a longer layer is below; nothing is, where there is none."""
+    shorter = replace(LAYERS[1], virtual_size=GIB // 2, cluster_size=512)
+    facts = Facts(bytes_to_copy=0, new_bytes=0, header=HeaderFacts(room=1023))
+    asked = request(top="vda[1]", base="vda[2]")
+    hidden = plan(asked, disk(LAYERS[0], LAYERS[0], shorter, LAYERS[3]), facts).demand.growth
+    nothing = plan(asked, disk(LAYERS[0], LAYERS[0], shorter, replace(LAYERS[3], virtual_size=1)), facts).demand.growth
+    assert hidden - nothing > (GIB // 2) // 64
+    assert nothing > 0
+
+
+def test_zeros_beyond_an_end_are_counted() -> None:
+    """A layer that ends early below another one is copied as zeros from there on."""
+    on = disk(*with_layer(2, virtual_size=GIB // 2))
+    assert plan(request(top="vda[1]"), on).demand.copies == 3000 + GIB // 2
+
+
 def test_nothing_new_means_no_growth() -> None:
     """Data that has its place in the base already takes no more space."""
     assert growth(LAYERS[3], Facts(bytes_to_copy=GIB, new_bytes=0)) == 0
@@ -526,7 +555,7 @@ def test_the_job_carries_the_plan() -> None:
     assert (job.top_file, job.base_file, job.overlay_file) == (FILES[1], FILES[3], FILES[0])
     assert (job.spec.flags, job.on_ready, job.on_error) == (CommitFlag.DELETE, OnReady.WAIT, OnError.ENOSPC)
     assert job.bandwidth == 3 << 20
-    spec = job.spec
+    spec = commit_spec(job)
     assert (spec.disk.node, spec.disk.qdev, spec.disk.backend) == ("n3", "virtio0", "disk0")
     assert (spec.disk.files, spec.disk.nodes, spec.top_index, spec.base_index) == (FILES, NODES, 1, 3)
     assert [layer.node for layer in spec.merged] == ["n2", "n1"]
@@ -591,7 +620,7 @@ def test_the_arguments_of_block_commit(top: int, speed: int, optional: dict[str,
 def test_a_dry_run_shows_the_command_of_the_run() -> None:
     """The plan's command is made by the one function that a driver calls for the job."""
     made = plan(request(top="vda[1]", bandwidth=3, on_error=OnError.STOP))
-    assert made.command == commit.command(made.spec, bandwidth=3 << 20, on_error=OnError.STOP)
+    assert made.commands == (commit.command(made.spec, bandwidth=3 << 20, on_error=OnError.STOP),)
 
 
 # What the house asks of the kind ------------------------------------------------------------------------------------

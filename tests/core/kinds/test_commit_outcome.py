@@ -12,10 +12,10 @@ from app.core.kinds.commit import CommitSpec
 from app.core.plan import Facts
 from app.core.sameness import Sameness
 from app.core.states import Intent, State
-from tests.core.samples import FILES, NODES, active_job, intermediate_job, plan, request
+from tests.core.samples import FILES, NODES, active_job, commit_spec, intermediate_job, plan, request
 
-ACTIVE = active_job().spec
-INNER = replace(intermediate_job().spec, header_seen=False)
+ACTIVE = commit_spec(active_job())
+INNER = replace(commit_spec(intermediate_job()), header_seen=False)
 
 
 def graph(*nodes: str) -> GraphReading:
@@ -261,7 +261,7 @@ DONE = Evidence(verdict=Verdict.FINE, graph=graph("n3", "n0"), header=HeaderRead
 )
 def test_nothing_is_deleted_that_may_be_the_only_copy(short: Evidence) -> None:
     """The base is on the disk, QEMU has said fine to us, and the header leads elsewhere; else the images stay."""
-    spec = replace(intermediate_job("delete").spec, header_seen=False)
+    spec = replace(commit_spec(intermediate_job("delete")), header_seen=False)
     tidy = commit.cleanup(spec, commit.judge(spec, DONE))
     assert (tuple(tidy.to_delete), tidy.not_deleted, tidy.invalidated) == (spec.deletes, (), spec.invalidates)
     assert (tidy.release, tidy.chain) == (("n2", "n1"), (FILES[0], FILES[3]))
@@ -273,7 +273,7 @@ def test_nothing_is_deleted_that_may_be_the_only_copy(short: Evidence) -> None:
 @pytest.mark.parametrize("asked", [True, False])
 def test_nothing_is_deleted_after_a_pivot_that_others_have_asked_for(*, asked: bool) -> None:
     """Another client's gentle cancel, and a move of the device, look the same."""
-    spec = active_job("delete").spec
+    spec = commit_spec(active_job("delete"))
     evidence = Evidence(verdict=Verdict.FINE, graph=graph("n0"), flushed=True, pivot_asked=asked)
     judgement = commit.judge(spec, evidence)
     assert judgement.state is State.COMPLETED
@@ -283,7 +283,7 @@ def test_nothing_is_deleted_after_a_pivot_that_others_have_asked_for(*, asked: b
 def test_images_that_were_known_to_stay_are_in_the_result() -> None:
     """What the plan could not delete is named once the merge is proven, and not where nothing was merged."""
     early = NotDeleted(file=FILES[1], reason="a block device")
-    spec = replace(intermediate_job("delete").spec, deletes=FILES[2:3], undeletable=(early,))
+    spec = replace(commit_spec(intermediate_job("delete")), deletes=FILES[2:3], undeletable=(early,))
     tidy = commit.cleanup(spec, commit.judge(spec, DONE))
     assert ([*tidy.to_delete], tidy.not_deleted) == ([FILES[2]], (early,))
     tidy = commit.cleanup(spec, commit.judge(spec, replace(DONE, verdict=Verdict.ERROR, verdict_error="no")))

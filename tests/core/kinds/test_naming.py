@@ -61,7 +61,7 @@ def test_the_caller_s_string_is_the_only_one() -> None:
     assert proposed(chain({}, {}, {}), given="mine") == ("mine",)
 
 
-def chosen(names: tuple[str, ...], facts: HeaderFacts, **base: Any) -> str | Problem:
+def chosen(names: tuple[str, ...], facts: HeaderFacts, **base: Any) -> str | Problem | None:
     """The string that is taken of these."""
     on = chain({}, {}, base)
     return header_string(selection(request(top="vda[1]"), on), names, facts, given=False)

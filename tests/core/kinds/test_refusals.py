@@ -195,6 +195,14 @@ def test_a_base_that_has_to_grow(base: dict[str, Any], expected: Code | None, *,
     assert code(ACTIVE, layers(n0=base), written_is_device=device) is None
 
 
+@pytest.mark.parametrize(("version_2", "beneath", "fits"), [(True, GIB, False), (False, GIB, True), (True, 1, True)])
+def test_what_would_show_below_a_base_that_grows(*, version_2: bool, beneath: int, fits: bool) -> None:
+    """A qcow2 image of version 2 can't say that it holds zeros where a longer image is below it."""
+    on = layers(n1={"version_2": version_2, "virtual_size": GIB // 2}, n0={"virtual_size": beneath})
+    asked = request(top="vda[1]", base="vda[2]")
+    assert code(asked, on) is (None if fits else Code.BASE_CANNOT_GROW)
+
+
 @pytest.mark.parametrize("filters", [(), ("cbw",)])
 def test_a_bitmap_of_another_node(filters: tuple[str, ...]) -> None:
     """QEMU aborts itself when it closes a node with a bitmap of another node; below the active layer it need not."""

@@ -48,8 +48,9 @@ class QemuRefuses(Exception):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BlockJob:
-    """A commit of `layers` (topmost first) into `base`, on the disk `target`.
+    """A commit of `layers` (topmost first) into `base`, on the disk `target`; or a `stream` of them into `base` above.
 
+    `below` is what a stream leaves below `base`, None for nothing.
     `paused` is a pause by a client or an I/O error, not one of QEMU's own short ones. `left` are the clusters that are
     still to be copied, and `outcome` what became of the data: `merged`, `kept` (a consistent copy) or `undone`;
     `noted` says that the world has taken it in.
@@ -60,6 +61,8 @@ class BlockJob:
     active: bool
     layers: tuple[Node, ...]
     base: Node
+    stream: bool = False
+    below: Node | None = None
     on_error: str
     backing_file: str | None
     auto_finalize: bool

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from app.core.errors import Code, Refused
 from app.core.job import Job
-from app.core.kinds import commit
+from app.core.kinds import commit, pull
 from app.core.kinds.commit import CommitFlag, CommitRequest
+from app.core.kinds.pull import PullRequest
 from app.core.states import OnError, OnReady, State
 from app.engine.ports.driver import Address
 from app.engine.ports.journal import JobFilter, JournalError, Registration
@@ -19,6 +20,9 @@ from tests.engine.simulation.loop import OWNER
 from tests.engine.simulation.world import Machine, World
 
 STEERING: Final = ("pivot", "abort", "force", "pause", "resume", "speed")
+
+PULLS: Final = 0.3
+"""How many of the jobs are pulls."""
 
 SERIOUS: Final = frozenset({Code.INTERNAL_ERROR})
 
@@ -136,28 +140,50 @@ class Clients:
 
     # Jobs -------------------------------------------------------------------------------------------------------------
 
-    def commit(self, machine: Machine, target: str, request: CommitRequest, *, dry: bool = False) -> None:
-        """Ask for a commit, or for its plan."""
+    def start(self, machine: Machine, target: str, request: CommitRequest | PullRequest, *, dry: bool = False) -> None:
+        """Ask for a commit or a pull, or for its plan."""
+        verb = "pull" if isinstance(request, PullRequest) else "commit"
         name = machine.name
         if name in self.deleting and not self._world.hazards.delete_while_planning:
             return
 
         async def ask(service: Service) -> Any:
             if dry:
-                return await service.plan("commit", name, target, request)
+                return await service.plan(verb, name, target, request)
             self.planning[name] = self.planning.get(name, 0) + 1
             try:
-                job = await service.start("commit", name, target, request, who="client")
+                job = await service.start(verb, name, target, request, who="client")
             finally:
                 self.planning[name] -= 1
             self.accepted[job.id] = job
             self.known.append(job.id)
             return job
 
-        self.ask(f"{'dry' if dry else 'commit'} {name}/{target} {request.top}..{request.base} {request.on_ready}", ask)
+        ending = request.on_ready.value if isinstance(request, CommitRequest) else ""
+        self.ask(f"{'dry' if dry else verb} {name}/{target} {request.top}..{request.base} {ending}", ask)
 
-    def random_commit(self, machine: Machine) -> None:
-        """Ask for some commit on a machine's disk."""
+    def random_job(self, machine: Machine) -> None:
+        """Ask for some job on a machine's disk."""
+        if self._world.rng.random() < PULLS:
+            self._random_pull(machine)
+        else:
+            self._random_commit(machine)
+
+    def _random_pull(self, machine: Machine) -> None:
+        rng = self._world.rng
+        disk = rng.choice(machine.disks)
+        depth = len(machine.qemu.chain(disk.target)) if machine.qemu is not None else 3
+        top = rng.choice([0, 0, 1, rng.randint(0, depth)])
+        request = pull.request(
+            top=f"{disk.target}[{top}]",
+            base=None if rng.random() < 0.4 else f"{disk.target}[{rng.randint(top, depth)}]",
+            on_error=rng.choice(list(OnError)),
+            bandwidth=rng.choice([0, 0, 0, 1]),
+        )
+        if isinstance(request, PullRequest):
+            self.start(machine, disk.target, request, dry=rng.random() < 0.1)
+
+    def _random_commit(self, machine: Machine) -> None:
         rng = self._world.rng
         disk = rng.choice(machine.disks)
         depth = len(machine.qemu.chain(disk.target)) if machine.qemu is not None else 3
@@ -180,7 +206,7 @@ class Clients:
             bandwidth=rng.choice([0, 0, 0, 1]),
         )
         if isinstance(request, CommitRequest):
-            self.commit(machine, disk.target, request, dry=rng.random() < 0.1)
+            self.start(machine, disk.target, request, dry=rng.random() < 0.1)
 
     def steer(self, job_id: str, wish: str) -> None:
         """Ask something of a job."""

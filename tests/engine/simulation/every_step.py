@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 from app.core.errors import Code
 from app.core.job import Job
 from app.core.kinds.commit import CommitFlag, CommitRequest
+from app.core.kinds.pull import PullRequest
 from app.core.states import OnReady, State
 from app.engine.ports.driver import Driver, MonitorError, Unanswered
 from app.engine.ports.images import Images
@@ -158,10 +159,15 @@ class Around:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A commit of `top` into the base, and what is asked once it is ready; it ends as `state`."""
+    """A commit of `top` into the base, and what is asked once it is ready; it ends as `state`.
+
+    `pulls`: a pull into `top` instead, down to the layer at `base` (None: of all).
+    """
 
     name: str
     top: int
+    pulls: bool = False
+    base: int | None = None
     flags: CommitFlag = CommitFlag(0)
     on_ready: OnReady = OnReady.WAIT
     asked: str | None = None
@@ -171,6 +177,14 @@ class Scenario:
     def merges(self) -> bool:
         """Whether the layers are gone afterwards."""
         return self.state is State.COMPLETED and self.on_ready is not OnReady.KEEP
+
+    @property
+    def request(self) -> CommitRequest | PullRequest:
+        """What is asked for."""
+        top, base = f"vda[{self.top}]", None if self.base is None else f"vda[{self.base}]"
+        if self.pulls:
+            return PullRequest(top=top, base=base)
+        return CommitRequest(top=top, base=base, flags=self.flags, on_ready=self.on_ready)
 
 
 ACTIVE: Final = CommitFlag.ACTIVE
@@ -184,6 +198,11 @@ SCENARIOS: Final[Mapping[str, tuple[Scenario, ...]]] = {
         Scenario(name="keep", top=0, flags=ACTIVE, on_ready=OnReady.KEEP),
         Scenario(name="wait, pivot", top=0, flags=ACTIVE, asked="pivot"),
         Scenario(name="wait, abort", top=0, flags=ACTIVE, asked="abort", state=State.CANCELED),
+    ),
+    "pull": (
+        Scenario(name="pull all", top=0, pulls=True),
+        Scenario(name="pull", top=0, base=3, pulls=True),
+        Scenario(name="pull below", top=1, base=3, pulls=True),
     ),
 }
 """The stories of each kind of job."""
@@ -270,7 +289,6 @@ class Play:
         self._world.start(self._machine)
         await self._loop.create_task(self._engine.start())
         await asyncio.sleep(1)
-        request = CommitRequest(top=f"vda[{scenario.top}]", flags=scenario.flags, on_ready=scenario.on_ready)
         until = self._loop.time() + SECONDS
         while self._loop.time() < until:
             await asyncio.sleep(0.25)
@@ -280,7 +298,7 @@ class Play:
             # A client that got no answer looks whether there is a job, and asks again if there is none.
             if job is None or (job.state is State.FAILED and job.started_at is None and len(jobs) < 3):
                 if not self._clients.waiting:
-                    self._clients.commit(self._machine, "vda", request)
+                    self._clients.start(self._machine, "vda", scenario.request)
             elif job.ended:
                 break
             elif job.state is State.READY and scenario.asked is not None and not self._clients.waiting:

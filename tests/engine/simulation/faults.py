@@ -83,7 +83,7 @@ class Faults:
     def _commit(self) -> None:
         machine = self._machine()
         if machine.qemu is not None or self._rng.random() < 0.1:
-            self._clients.random_commit(machine)
+            self._clients.random_job(machine)
 
     def _put(self) -> None:
         self._clients.put(self._machine())
@@ -145,7 +145,7 @@ class Faults:
             self._world.slow_files_until = self._world.loop.time() + 300
             self._world.trace.note("fault: hanging files")
         for machine in self._world.machines.values():
-            self._clients.random_commit(machine)
+            self._clients.random_job(machine)
 
     def _lose_sharer(self) -> None:
         machine = self._machine()
@@ -303,14 +303,14 @@ class Faults:
 
     def _commit_and_delete(self) -> None:
         machine = self._machine()
-        self._clients.random_commit(machine)
+        self._clients.random_job(machine)
         delay = self._rng.choice([0.0, 0.003, 0.006, 0.01, 0.02])
         self._world.loop.call_later(delay, lambda: self._clients.delete(machine.name, at_once=True))
 
     def _stream(self) -> None:
         """A domain's disks are read without a pause while a job runs there."""
         machine = self._machine()
-        self._clients.random_commit(machine)
+        self._clients.random_job(machine)
         self._clients.stream(machine.name, self._world.loop.time() + 12)
 
     # The end ----------------------------------------------------------------------------------------------------------

@@ -85,13 +85,18 @@ class SimImages:
             return False
         return bool(self._world.openers(process, image))
 
-    async def measure(self, layers: Sequence[Layer], process: Process | None) -> Measure | None:
-        """What a merge copies."""
+    async def measure(
+        self, layers: Sequence[Layer], process: Process | None, *, upwards: bool = False
+    ) -> Measure | None:
+        """What a merge or a pull copies."""
         await self._delay("measure")
         images = [self._seen(layer.file) for layer in layers]
         if any(image is None for image in images):
             return None
         *above, base = [image.clusters for image in images if image is not None]
+        if upwards:
+            pulled = {cluster for layer in (*above[1:], base) for cluster in layer} - set(above[0])
+            return Measure(bytes_to_copy=len(pulled) * CLUSTER, new_bytes=len(pulled) * CLUSTER)
         copied = {cluster for layer in above for cluster in layer}
         return Measure(bytes_to_copy=len(copied) * CLUSTER, new_bytes=len(copied - set(base)) * CLUSTER)
 
@@ -148,8 +153,10 @@ class SimImages:
         """Where the header of an image leads."""
         await self._delay("read_header")
         image = self._seen(overlay)
-        if image is None or identity != (DEVICE, image.inode) or image.header is None:
+        if image is None or identity != (DEVICE, image.inode):
             return None
+        if image.header is None:
+            return HeaderReading(file=None)
         below = resolve(image.header, overlay)
         return HeaderReading(file=below, identity=self._identity(below))
 

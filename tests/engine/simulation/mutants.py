@@ -66,7 +66,7 @@ async def _nothing(_runner: Any, *_arguments: Any) -> None:
     """The call is left out."""
 
 
-async def _dismiss_only(runner: Any, job_id: str, _nodes: Sequence[str] = ()) -> None:
+async def _dismiss_only(runner: Any, job_id: str, _nodes: Sequence[str] = (), _read_only: Sequence[str] = ()) -> None:
     await runner.conclude(job_id)
 
 

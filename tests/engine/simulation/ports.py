@@ -119,6 +119,11 @@ class SimRunner:
                 return None
             disk = next(disk for disk in qemu.describe() if disk.name == job.target)
             names = disk.nodes
+            if job.stream:
+                held = {"active node": (job.base.name,), "intermediate node": tuple(node.name for node in job.layers)}
+                if job.layers[0].name not in names:
+                    return None
+                return OrphanJob(job_type="stream", speed=job.speed, disks=qemu.describe(), held=held)
             if job.base.name not in names or job.layers[0].name not in names:
                 return None
             merged = tuple(node.name for node in job.layers)
@@ -136,7 +141,12 @@ class SimRunner:
         command = kind_of(job.spec).command(job.spec, bandwidth=job.bandwidth, on_error=job.on_error)
         arguments: Mapping[str, Any] = command.arguments
         named: dict[str, Any] = {name.replace("-", "_"): value for name, value in arguments.items()}
-        await self._ask(f"start {job.id}", lambda qemu: qemu.block_commit(job_id=job.id, **named))
+        verbs: dict[str, Callable[[Qemu], Callable[..., None]]] = {
+            "block-commit": lambda qemu: qemu.block_commit,
+            "block-stream": lambda qemu: qemu.block_stream,
+        }
+        verb = verbs[command.execute]
+        await self._ask(f"start {job.id}", lambda qemu: verb(qemu)(job_id=job.id, **named))
 
     async def pivot(self, job_id: str) -> None:
         """Ask a ready job to pivot."""
@@ -184,7 +194,7 @@ class SimRunner:
 
         await self._ask(f"flush {node}", flush)
 
-    async def conclude(self, job_id: str, nodes: Sequence[str] = ()) -> None:
+    async def conclude(self, job_id: str, nodes: Sequence[str] = (), read_only: Sequence[str] = ()) -> None:
         """Let QEMU forget a concluded job, and delete the nodes that are left of it."""
 
         def conclude(qemu: Qemu) -> None:
@@ -196,6 +206,9 @@ class SimRunner:
             for node in nodes:
                 with suppress(QemuRefuses):
                     qemu.delete_node(node)
+            for node in read_only:
+                if node in qemu.nodes:
+                    qemu.nodes[node].read_only = True
             if refusal is not None:
                 raise refusal
 

@@ -231,6 +231,52 @@ class Qemu:
         self.jobs[job_id] = job
         self._tell()
 
+    def block_stream(
+        self,
+        *,
+        job_id: str,
+        device: str,
+        on_error: str,
+        auto_finalize: bool,
+        auto_dismiss: bool,
+        base_node: str | None = None,
+        backing_file: str | None = None,
+        speed: int = 0,
+    ) -> None:
+        """As `block-stream`."""
+        assert not auto_dismiss
+        target = next((target for target in self.roots if any(n.name == device for n in self.chain(target))), None)
+        if target is None:
+            raise QemuRefuses(f"Cannot find device='' nor node-name='{device}'")
+        if self.job_on(target) is not None:
+            raise QemuRefuses(f"Node '{device}' is busy: block device is in use by block job: stream")
+        chain = self.chain(target)
+        names = [node.name for node in chain]
+        at = names.index(device)
+        if base_node is not None and base_node not in names[at + 1 :]:
+            raise QemuRefuses(f"Node '{base_node}' is not a backing image of '{device}'")
+        if job_id in self.jobs:
+            raise QemuRefuses(f"Job ID '{job_id}' already in use")
+        end = len(chain) if base_node is None else names.index(base_node)
+        if at and self._openers(self, chain[at].image):
+            raise QemuRefuses('Failed to get "write" lock')
+        job = BlockJob(
+            id=job_id,
+            target=target,
+            active=False,
+            layers=tuple(chain[at + 1 : end]),
+            base=chain[at],
+            stream=True,
+            below=None if base_node is None else chain[end],
+            on_error=on_error,
+            backing_file=backing_file,
+            auto_finalize=auto_finalize,
+            speed=speed,
+        )
+        job.left = set(merged([self.layer(node) for node in job.layers])) - set(self.layer(job.base))
+        self.jobs[job_id] = job
+        self._tell()
+
     def _check_base(self, above: list[Node], base: Node) -> None:
         for other in self.nodes.values():
             if other.image is base.image and other is not base:
@@ -295,6 +341,9 @@ class Qemu:
             job.run_out_of_space()
             return
         source = merged([self.layer(node) for node in job.layers])
+        if job.stream:
+            # What the guest has written meanwhile is newer.
+            job.left -= set(self.layer(job.base))
         for cluster in sorted(job.left)[: 1 if job.speed else clusters]:
             self.unflushed.setdefault(job.base.image.inode, {})[cluster] = source[cluster]
             job.left.discard(cluster)
@@ -319,6 +368,10 @@ class Qemu:
             self.roots[job.target] = job.base
             self.disks[job.target].active = job.base.image.path
             job.base.read_only = False
+        elif job.stream:
+            job.base.below = job.below
+            job.base.image.header = job.backing_file
+            self._late_flush.append(job.base)
         else:
             above = next(node for node in self.chain(job.target) if node.below is job.layers[0])
             above.below = job.base
