@@ -741,9 +741,7 @@ def test_a_chain_that_looks_like_a_pivot_proves_none(verdict: Verdict, intent: I
     proven = verdict is Verdict.FINE and intent is not Intent.KEEP
     expected = (State.COMPLETED, None) if proven else (State.LOST, Code.OUTCOME_UNKNOWN)
     assert outcome(active_job(), verdict, Proof.MERGED, intent) == expected
-    canceled = verdict is Verdict.FINE and intent in (Intent.ABORT, Intent.FORCE)
-    unknown = (State.CANCELED, None) if canceled else (State.LOST, Code.OUTCOME_UNKNOWN)
-    assert outcome(active_job(), verdict, Proof.UNKNOWN, intent) == unknown
+    assert outcome(active_job(), verdict, Proof.UNKNOWN, intent) == (State.LOST, Code.OUTCOME_UNKNOWN)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,6 @@ def _of_pivot(evidence: Evidence, proof: Proof) -> Outcome | None:
         case Verdict.FINE if evidence.unplugged and evidence.intent is Intent.PIVOT:
             # There is no guest on the disk whose writes the base could lack.
             return COMPLETED
-        case Verdict.FINE if evidence.ended and aborted and not evidence.pivot_asked:
-            return CANCELLATION
         case Verdict.VANISHED if proof is Proof.UNCHANGED and evidence.process is Sameness.SAME and not keep:
             return CANCELLATION if aborted else (State.FAILED, _vanished())
         case Verdict.GONE if evidence.ended and evidence.watched and not (keep or evidence.pivot_asked):

@@ -144,7 +144,8 @@ GONE = Evidence(verdict=Verdict.GONE, ended=True, watched=True)
         (replace(GONE, intent=Intent.KEEP), State.LOST),
         (replace(GONE, watched=False), State.LOST),
         (replace(GONE, ended=False), State.LOST),
-        (replace(GONE, verdict=Verdict.FINE, intent=Intent.ABORT), State.CANCELED),
+        # Another client may have asked for the pivot before we asked for the end.
+        (replace(GONE, verdict=Verdict.FINE, intent=Intent.ABORT), State.LOST),
         (replace(GONE, verdict=Verdict.FINE, intent=Intent.ABORT, pivot_asked=True), State.LOST),
         (replace(GONE, verdict=Verdict.FINE), State.LOST),
     ],
