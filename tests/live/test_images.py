@@ -496,7 +496,7 @@ def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
 
 
 def test_read_header(tmp_path: Path) -> None:
-    """Where a header leads is told as a path; nothing is told where there is none or it can't be read."""
+    """Where a header leads is told as a path, or that it leads nowhere; nothing is told where it can't be read."""
     base = create(tmp_path / "base.qcow2")
     relative = create(tmp_path / "top.qcow2", backing="./x/../base.qcow2")
     images = LocalImages((tmp_path,), 10)
@@ -510,7 +510,7 @@ def test_read_header(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     leads = replace(leads, identity=identity_of(base))
     assert read(relative, itself) == leads
-    assert read(base, identity_of(base)) is None
+    assert read(base, identity_of(base)) == HeaderReading(file=None)
     assert read(tmp_path / "none", itself) is None
     assert read(relative, itself, LocalImages((tmp_path / "else",), 10)) is None
     # It is the file that was seen before, also if its file system has another number now, or it is not read.

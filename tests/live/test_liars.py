@@ -16,7 +16,7 @@ from app.core.evidence import Process
 from app.hostfs.credentials import may_unlink_as, rights_of
 from app.hostfs.process import start_time
 from tests.support.chains import CLUSTER, MIB, Chain, blockdev
-from tests.support.qemu import Qemu
+from tests.support.qemu import Qemu, as_user
 from tests.support.service import JSON, Service
 
 pytestmark = [
@@ -100,7 +100,7 @@ def test_a_qemu_that_may_not_delete(service: Service, chain: Chain, tmp_path: Pa
     reachable(tmp_path)
     for image in chain.images:
         os.chown(image, NOBODY, NOBODY)
-    with Qemu(service.qmp_dir / "vm.qmp", [*blockdev(chain), "-runas", "nobody"]):
+    with Qemu(service.qmp_dir / "vm.qmp", [*blockdev(chain), *as_user("nobody")]):
         service.wait_for_domain("vm")
         plan = service.client.post("/domains/vm/disks/vda/commit", params={"dry_run": "true"}, json=BELOW).json()
         assert plan["deletes"] == []

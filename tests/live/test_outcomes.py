@@ -44,6 +44,8 @@ def machine(service: Service, chain: Chain, *arguments: str) -> Qemu:
 def move(qemu: Qemu, device: str, node: str) -> None:
     """Have a device use another node, as a client can without the guest's noticing."""
     path = f"/machine/peripheral/{device}/virtio-backend"
+    # A canceled job leaves its base read-only in some versions.
+    qemu.qmp("human-monitor-command", command_line=f'qemu-io "{node}" "reopen -w"')
     qemu.qmp("qom-set", path=path, property="drive", value=node)
 
 

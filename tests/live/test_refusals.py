@@ -14,7 +14,7 @@ import pytest
 
 from tests.live.conftest import Boot
 from tests.support.chains import CLUSTER, MIB, Chain, assert_same, blockdev, explicit_nodes, read_image
-from tests.support.qemu import Qemu
+from tests.support.qemu import Qemu, as_user
 from tests.support.service import JSON, Service
 
 pytestmark = [pytest.mark.live, pytest.mark.chain(layers=4, size=8 * MIB, data=16 * CLUSTER)]
@@ -139,7 +139,7 @@ def test_an_image_of_another_user(
             path.chmod(0o755)
     os.chown(chain.images[position], 0, 0)
     chain.images[position].chmod(0o644)
-    qemu = boot([*blockdev(chain), "-runas", "nobody"])
+    qemu = boot([*blockdev(chain), *as_user("nobody")])
     problem = refused(service, domain, code, {"top": "vda[2]"})
     assert problem["file"] == str(chain.images[position])
     assert qemu.process.poll() is None

@@ -17,6 +17,12 @@ class QmpError(Exception):
     """QEMU refused the test's command."""
 
 
+def as_user(name: str) -> list[str]:
+    """The arguments by which QEMU becomes another user; newer ones have another name for that."""
+    known = subprocess.run(["qemu-system-x86_64", "--help"], check=True, capture_output=True, text=True).stdout
+    return ["-runas", name] if "-runas " in known else ["-run-with", f"user={name}"]
+
+
 class Qemu:
     """One QEMU process; `arguments` are its disks and devices. The guest does not run unless `run` is set.
 

@@ -170,7 +170,9 @@ class Invariants:
                 job = self.jobs.get(id_)
                 if job is None or job.state is not State.COMPLETED or ended.outcome != "merged" or job.resolved:
                     continue
-                left = [node.name for node in ended.layers if qemu.nodes.get(node.name) is node]
+                # A node below one that a lost job has left can't be deleted.
+                held = [node.below for node in qemu.nodes.values()]
+                left = [node.name for node in ended.layers if qemu.nodes.get(node.name) is node and node not in held]
                 if left and job.control.intent is not Intent.KEEP:
                     raise Violation("nodes_are_released", f"{id_} is completed, and its nodes {left} are left")
 
