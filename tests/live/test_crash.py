@@ -26,9 +26,13 @@ BODIES: Final[dict[str, JSON]] = {
     "intermediate": {"top": "vda[1]", "base": "vda[2]"},
     "active": {"flags": ["active"], "on_ready": "pivot"},
     "delete": {"flags": ["active", "delete"], "on_ready": "pivot"},
+    "pull": {"base": "vda[2]"},
 }
-MERGED: Final = {"intermediate": [1], "active": [0, 1], "delete": [0, 1]}
-"""Which layers each kind of merge takes out of the chain of three, the active one being 0."""
+VERBS: Final = {"pull": "pull"}
+"""What is not asked for as a commit."""
+
+MERGED: Final = {"intermediate": [1], "active": [0, 1], "delete": [0, 1], "pull": [1]}
+"""Which layers each kind of job takes out of the chain of three, the active one being 0."""
 
 
 def stored(version: str, *events: str) -> list[str]:
@@ -44,7 +48,8 @@ def around(command: str) -> list[str]:
 
 
 EVENT: Final = {"running": "started"}
-START: Final = [*stored("starting", "queued"), *around("block-commit"), "qemu-event", *stored("running", "running")]
+ACCEPTED: Final = [*stored("starting", "queued"), "qemu-event", *stored("running", "running")]
+START: Final = [*ACCEPTED, *around("block-commit")]
 PIVOT: Final = [*stored("pivoting", "ready", "pivoting"), *around("job-complete")]
 PROOF: Final = around("read-chain")
 JUDGED: Final = [*stored("judged"), *around("job-dismiss")]
@@ -64,12 +69,15 @@ POINTS: Final[dict[str, list[str]]] = {
     ],
     "active": [*START, *PIVOT, *PROOF, *JUDGED, *(p for n in range(1, 5) for p in around(f"blockdev-del-{n}")), *END],
 }
+POINTS["pull"] = [point.replace("block-commit", "block-stream") for point in POINTS["intermediate"]]
 POINTS["delete"] = [*POINTS["active"][: -len(END)], *UNLINK, *END]
 CASES: Final = [(kind, point) for kind, points in POINTS.items() for point in points]
 
 TWICE: Final = [
     ("intermediate", "sent-block-commit", "inside-store-running"),
     ("intermediate", "after-job-dismiss", "before-blockdev-del-2"),
+    ("pull", "sent-block-stream", "before-flush"),
+    ("pull", "sent-job-finalize", "before-job-dismiss"),
     ("active", "before-publish-job.ready", "sent-job-complete"),
     ("active", "after-store-judged", "before-store-completed"),
     ("delete", "before-unlink-1", "before-unlink-2"),
@@ -83,6 +91,7 @@ EVENTS: Final = {
     "active": ["job.queued", "job.started", "job.ready", "job.pivoting", "job.completed"],
 }
 EVENTS["delete"] = EVENTS["active"]
+EVENTS["pull"] = EVENTS["intermediate"]
 
 
 class Mortal(Service):
@@ -147,12 +156,10 @@ def jobs_in_qemu(qemu: Qemu) -> set[str]:
     return set(created)
 
 
-def ask(service: Service, vm: str, body: JSON) -> JSON | None:
-    """Ask for a merge; None where the service dies before it answers."""
+def ask(service: Service, vm: str, kind: str) -> JSON | None:
+    """Ask for a job; None where the service dies before it answers."""
     with suppress(httpx.TransportError):
-        response = service.commit(vm, **body)
-        assert response.status_code == 202, response.text
-        return response.json()
+        return service.started(vm, verb=VERBS.get(kind, "commit"), **BODIES[kind])
     return None
 
 
@@ -164,7 +171,7 @@ def judge(service: Service, vm: str, qemu: Qemu, chain: Chain, *, kind: str, tol
         assert told is None
         assert qemu.qmp("query-jobs") == []
         assert [layer["file"] for layer in service.disk(vm)["chain"]] == chain.files
-        jobs = [service.started(vm, **BODIES[kind])]
+        jobs = [service.started(vm, verb=VERBS.get(kind, "commit"), **BODIES[kind])]
     (job,) = jobs
     assert told is None or told["id"] == job["id"]
     job = service.wait_for_job(job["id"])
@@ -216,14 +223,14 @@ def test_death_at(mortal: Mortal, chain: Chain, kind: str, point: str) -> None:
     """Dead at that point, alive again: one request, one job in QEMU, one outcome; no file is deleted too early."""
     with machine(mortal, chain) as (vm, qemu):
         mortal.fuse.write_text(point)
-        told = ask(mortal, vm, BODIES[kind])
+        told = ask(mortal, vm, kind)
         mortal.died()
         missing = sum(not image.exists() for image in chain.images)
         assert missing == (unlinked(point) if kind == "delete" else 0)
         mortal.born()
         mortal.wait_for_domain(vm)
         judge(mortal, vm, qemu, chain, kind=kind, told=told)
-        if kind == "intermediate":
+        if kind in {"intermediate", "pull"}:
             again = mortal.wait_for_job(mortal.started(vm, **BODIES["active"])["id"])
             assert again["state"] == "completed"
         active = mortal.disk(vm)["chain"][0]["file"]
@@ -236,7 +243,7 @@ def test_death_during_recovery(mortal: Mortal, chain: Chain, kind: str, point: s
     """Dead at one point, and once more while it finds its way back."""
     with machine(mortal, chain) as (vm, qemu):
         mortal.fuse.write_text(point)
-        told = ask(mortal, vm, BODIES[kind])
+        told = ask(mortal, vm, kind)
         mortal.died()
         mortal.reborn(second)
         mortal.died()
@@ -254,7 +261,7 @@ def test_these_are_all_points(mortal: Mortal, chain: Chain, kind: str) -> None:
     passed = mortal.fuse.with_suffix(".passed")
     with machine(mortal, chain) as (vm, qemu):
         passed.write_text("")
-        judge(mortal, vm, qemu, chain, kind=kind, told=mortal.started(vm, **BODIES[kind]))
+        judge(mortal, vm, qemu, chain, kind=kind, told=ask(mortal, vm, kind))
         seen = passed.read_text().split()
         # A command is under way to QEMU at no point of the code's own.
         expected = {point for point in POINTS[kind] if not point.startswith("sent-")}
@@ -271,7 +278,7 @@ def test_names_that_are_taken_again(mortal: Mortal, chain: Chain, point: str, pl
     """A snapshot that was taken between a death and the recovery is called as a merged file was: it is not deleted."""
     with machine(mortal, chain) as (vm, qemu):
         mortal.fuse.write_text(point)
-        ask(mortal, vm, BODIES["delete"])
+        ask(mortal, vm, "delete")
         mortal.died()
         root = qemu.qmp("query-block")[0]["inserted"]["node-name"]
         new = chain.images[place]

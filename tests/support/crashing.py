@@ -23,6 +23,7 @@ from app.core.chain import NotDeleted
 from app.core.evidence import Process
 from app.core.images import Image, MarkChange
 from app.core.job import Job
+from app.core.kinds import kind_of
 from app.core.machine.step import StoredVersion
 from app.core.states import State
 from app.engine.ports.driver import Address, Driver, Runner
@@ -40,7 +41,6 @@ SENT: Final = 0.005
 """Seconds in which a command has left for QEMU."""
 
 QMP: Final = {
-    "start": "block-commit",
     "pivot": "job-complete",
     "abort": "job-cancel",
     "disks": "read-chain",
@@ -198,11 +198,18 @@ class DyingDriver(Around):
         return cast(Runner, DyingRunner(await self._driver.connect(address, hinted), self._fuse))
 
 
+def _command(attribute: str, arguments: tuple[Any, ...]) -> str | None:
+    if attribute != "start":
+        return QMP.get(attribute)
+    job: Job = arguments[0]
+    return kind_of(job.spec).command(job.spec, bandwidth=0, on_error=job.on_error).execute
+
+
 class DyingRunner(Around):
     """A monitor, with points around its commands."""
 
     def __init__(self, inner: Runner, fuse: Fuse) -> None:
-        super().__init__(inner, fuse, lambda attribute, _arguments: QMP.get(attribute))
+        super().__init__(inner, fuse, _command)
         self._monitor = inner
 
     async def conclude(self, job_id: str, nodes: Sequence[str] = (), read_only: Sequence[str] = ()) -> None:
