@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from app.core.chain import Disk
+from app.core.chain import Disk, Identity
 from app.core.errors import Problem
 from app.core.evidence import Process, same_process
 from app.core.images import HEADERLESS, Image, ImageUse, format_of, has_image, users_of, uses_by
 from app.core.sameness import Sameness
 from app.engine.ports.images import ChainUnreadable, Images
 from app.engine.ports.uses import DiskUses
+from app.engine.together import Together
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class KnownDisks:
         self._parts: dict[str, tuple[Disk, ...]] = {}
         self._blind: dict[str, Problem] = {}
         self._processes: dict[str, Process] = {}
+        self._open_files = Together(self._look_at_open_files)
+        self._refreshed = Together(self._read_all_off)
 
     def of(self, domain: str) -> tuple[Disk, ...]:
         """The disks of a domain."""
@@ -151,6 +154,9 @@ class KnownDisks:
 
     async def refresh(self) -> None:
         """Read the disks of all domains that are off anew."""
+        await self._refreshed.get()
+
+    async def _read_all_off(self) -> None:
         headerless = self._headerless()
         own: dict[str, list[ImageUse]] = {}
         for (of, _), uses in self._recorded.items():
@@ -201,19 +207,24 @@ class KnownDisks:
 
         QEMU tells nobody of a disk that was plugged in. `process` is who asks.
         """
-        others = {
-            domain: other
-            for domain, other in self._processes.items()
-            if same_process(other, process) is not Sameness.SAME
-        }
-        if not others:
+        if all(same_process(other, process) is Sameness.SAME for other in self._processes.values()):
             return {}
+        processes, opened = await self._open_files.get()
         found: dict[Image, ImageUser] = {}
-        for image, domains in (await self._images.holders(images, others)).items():
-            for domain in domains:
+        for domain, other in processes.items():
+            if same_process(other, process) is Sameness.SAME:
+                continue
+            for image in images:
+                # Where nobody could look, anybody may have it.
+                if image.identity is None or (opened is not None and image.identity not in opened[domain]):
+                    continue
                 if not any(has_image(disk, image) for disk in self.of(domain)):
                     found.setdefault(image, ImageUser(domain, f"the QEMU of {domain} has it open"))
         return found
+
+    async def _look_at_open_files(self) -> tuple[Mapping[str, Process], Mapping[str, frozenset[Identity]] | None]:
+        processes = dict(self._processes)
+        return processes, await self._images.open_files(processes)
 
     def user_of(self, image: Image, domain: str, disk: Disk) -> ImageUser | None:
         """Another disk, of any domain, that has the image in its chain, or may have it; None if there is none.

@@ -45,12 +45,14 @@ class Planner:
         *,
         exact: bool,
         meanwhile: Meanwhile,
+        disk: Disk | None = None,
     ) -> Plan[Spec]:
         """What a job of that kind would do on the disk that answers to `name`.
 
         `request` is the kind's own, `jobs` tells the domain's unfinished ones. `exact`: read the images' maps, as a
         person wants to see; else only where the layers' sizes leave a doubt. `meanwhile` is how files are waited for:
         other jobs may go on then, but none on this disk, which is read after the names and has no job from there on.
+        `disk` is the disk, where it has just been read.
         Raises `Refused` for the first check that fails, in the contract's order.
         """
         self._check_usable(kind)
@@ -59,7 +61,7 @@ class Planner:
         identities: Mapping[str, Identity] | None = None
         if names:
             identities = await meanwhile(self._shared.images.identities(names, process))
-        disk = await self._disks.find(name, meanwhile)
+        disk = disk or await self._disks.find(name, meanwhile)
         chosen = rules.select(
             disk,
             request,
@@ -102,6 +104,7 @@ class Planner:
                 lambda: tuple(other for other in jobs() if other.id != job.id),
                 exact=False,
                 meanwhile=plainly,
+                disk=disk,
             )
         except Refused as refused:
             return refused.problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -41,24 +41,20 @@ def identities(paths: Iterable[str], process: Process | None) -> dict[str, Ident
     return {path: identity for path, identity in found if identity is not None}
 
 
-def holders(images: Sequence[Image], processes: Mapping[str, Process]) -> dict[Image, tuple[str, ...]]:
-    """For each image the names of those `processes` that can be seen to have its file open."""
-    held = {name: files_seen_open(process) for name, process in processes.items()}
-    return {image: tuple(name for name, files in held.items() if image.identity in files) for image in images}
+def open_by(processes: Mapping[str, Process]) -> dict[str, frozenset[Identity]]:
+    """The files that each of the processes can be seen to have open."""
+    return {name: files_seen_open(process) for name, process in processes.items()}
 
 
 def with_files(disks: tuple[Disk, ...], process: Process | None) -> tuple[Disk, ...]:
     """The disks, their layers with what the file system says of them."""
     held = _Held.of(process)
-    unlinked = None if process is None or pid_here(process) is None else unlinked_files(process)
-    found = (
-        replace(
-            disk,
-            layers=tuple(_with_file(layer, process, held) for layer in disk.layers),
-            temporary=bool(disk.layers) and _is_temporary(disk.layers[0].file, process, unlinked),
-        )
-        for disk in disks
-    )
+    found: list[Disk] = []
+    for disk in disks:
+        layers = tuple(_with_file(layer, process, held) for layer in disk.layers)
+        # What is there under its name, and open, has not been unlinked.
+        temporary = bool(layers) and layers[0].identity is None and _is_temporary(disk.layers[0].file, process)
+        found.append(replace(disk, layers=layers, temporary=temporary))
     return tuple(found)
 
 
@@ -92,7 +88,7 @@ def _with_file(layer: Layer, process: Process | None, held: _Held) -> Layer:
     identity = image.identity
     # QEMU joins a relative header to the overlay's folder as it stands; `..` after a symlink must stay.
     plain = posixpath.normpath(layer.file)
-    same = identity is not None and identity == identity_of(plain, process)
+    same = identity is not None and (plain == layer.file or identity == identity_of(plain, process))
     known = identity if identity is not None and identity in held else None
     return replace(
         layer,
@@ -105,7 +101,7 @@ def _with_file(layer: Layer, process: Process | None, held: _Held) -> Layer:
     )
 
 
-def _is_temporary(file: str, process: Process | None, unlinked: frozenset[str] | None) -> bool:
+def _is_temporary(file: str, process: Process | None) -> bool:
     """Whether the file is one of those that `-snapshot` makes, and has unlinked.
 
     A file that is not where it was may have been renamed, or QEMU may have changed its folder since it was opened. In
@@ -113,6 +109,7 @@ def _is_temporary(file: str, process: Process | None, unlinked: frozenset[str] |
     """
     if not file.startswith("/"):
         return False
+    unlinked = None if process is None or pid_here(process) is None else unlinked_files(process)
     if unlinked is not None and file in unlinked:
         return True
     return posixpath.basename(file).startswith(TEMPORARY) and not os.path.lexists(as_seen_by(file, process))

@@ -78,18 +78,12 @@ class LocalImages:
         """Whether `path` is a block device, which does not grow."""
         return path.startswith("/") and await self._do(False, process, allocation.is_device, path, process)
 
-    async def holders(
-        self, images: Sequence[Image], processes: Mapping[str, Process]
-    ) -> Mapping[Image, tuple[str, ...]]:
-        """For each image those of the `processes`, by the names of their domains, that have its file open.
+    async def open_files(self, processes: Mapping[str, Process]) -> Mapping[str, frozenset[Identity]] | None:
+        """The files that each of the processes can be seen to have open; None where that is not told in time.
 
-        One that nobody here can see is none: on another host, or in another pid namespace, only QEMU's locks tell.
+        One that nobody here can see has none: on another host, or in another pid namespace, only QEMU's locks tell.
         """
-        seen = [image for image in images if image.identity is not None]
-        if not seen:
-            return {}
-        all_of_them = dict.fromkeys(seen, tuple(processes))
-        return await self._do(all_of_them, seen[0].path, identity.holders, seen, processes)
+        return await self._do(None, "open files", identity.open_by, processes)
 
     async def locked(self, path: str, process: Process | None) -> bool:
         """Whether a process other than `process` holds an image lock on `path`, or nobody can tell in time."""

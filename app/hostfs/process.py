@@ -149,6 +149,10 @@ def _other_root(process: Process | None) -> str | None:
     return None
 
 
+FILES: Final = frozenset({stat.S_IFREG, stat.S_IFBLK, stat.S_IFCHR})
+"""What an image can be; a QEMU has many more sockets, pipes and descriptors of the kernel's own."""
+
+
 def open_files(process: Process) -> frozenset[Identity] | None:
     """The identities of the files that the process has open, none if it has ended; None where that can't be seen."""
     found: set[Identity] | None = None
@@ -157,7 +161,10 @@ def open_files(process: Process) -> frozenset[Identity] | None:
         seen: set[Identity] = set()
         for file in files:
             try:
-                status, link = file.stat(), file.stat(follow_symlinks=False)
+                status = file.stat()
+                if stat.S_IFMT(status.st_mode) not in FILES:
+                    continue
+                link = file.stat(follow_symlinks=False)
             except FileNotFoundError:
                 # It was closed meanwhile.
                 continue

@@ -65,12 +65,10 @@ class Images(Protocol):
         """Whether `path` is a block device, which does not grow."""
         ...
 
-    async def holders(
-        self, images: Sequence[Image], processes: Mapping[str, Process]
-    ) -> Mapping[Image, tuple[str, ...]]:
-        """For each image those of the `processes`, by the names of their domains, that have its file open, or may have.
+    async def open_files(self, processes: Mapping[str, Process]) -> Mapping[str, frozenset[Identity]] | None:
+        """The files that each of the processes has open, as far as that can be seen; None where it is not told in time.
 
-        An image that can't be seen is left out.
+        The keys are those of `processes`.
         """
         ...
 

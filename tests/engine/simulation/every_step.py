@@ -58,7 +58,7 @@ IMAGES: Final = frozenset(
         "identities",
         "free_bytes",
         "is_device",
-        "holders",
+        "open_files",
         "locked",
         "undeletable",
         "unlink",

@@ -60,16 +60,14 @@ class SimImages:
             return None
         return 0 if self._world.files.full else 1 << 40
 
-    async def holders(
-        self, images: Sequence[ImageName], processes: Mapping[str, Process]
-    ) -> Mapping[ImageName, tuple[str, ...]]:
-        """For each image those of the processes that have its file open."""
-        found: dict[ImageName, tuple[str, ...]] = {}
-        for image in images:
-            seen = self._seen(image.path)
-            if seen is not None and image.identity == (DEVICE, seen.inode):
-                pids = {qemu.process.pid for qemu in self._world.openers(None, seen)}
-                found[image] = tuple(name for name, process in processes.items() if process.pid in pids)
+    async def open_files(self, processes: Mapping[str, Process]) -> Mapping[str, frozenset[Identity]] | None:
+        """The files that each of the processes has open."""
+        found: dict[str, frozenset[Identity]] = {}
+        for name, process in processes.items():
+            seen = process.pid is not None
+            opened = (qemu for qemu in self._world.processes if seen and qemu.up and qemu.process.pid == process.pid)
+            nodes = (node for qemu in opened for node in qemu.nodes.values())
+            found[name] = frozenset((DEVICE, node.image.inode) for node in nodes if node.image.seen)
         return found
 
     async def is_device(self, path: str, process: Process | None) -> bool:
