@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from app.core.chain import Disk, Identity
+from app.core.chain import Disk, Identity, Layer
 from app.core.errors import Code, Problem, Refused
 from app.core.headers import HeaderFacts
 from app.core.images import Image, same_image
@@ -146,7 +146,7 @@ class Planner:
         images, process, file = self._shared.images, self._connection.process, inquiry.written.file
         of_written = asyncio.gather(
             images.locked(file, process),
-            images.free_bytes(file, process),
+            self._free(inquiry.written),
             images.is_device(file, process),
             images.undeletable(inquiry.to_delete, process),
         )
@@ -158,6 +158,13 @@ class Planner:
             self._shared.known.refresh(),
         )
         return written, header, strangers, holders
+
+    async def _free(self, layer: Layer) -> int | None:
+        """The bytes by which a layer can grow: an image may keep its data in a file elsewhere, and its tables here."""
+        places = (layer.file,) if layer.data_file is None else (layer.file, layer.data_file)
+        process = self._connection.process
+        found = await asyncio.gather(*(self._shared.images.free_bytes(place, process) for place in places))
+        return min((free for free in found if free is not None), default=None)
 
     async def _measure(self, inquiry: Inquiry) -> Measure | None:
         read, written = inquiry.read, inquiry.written

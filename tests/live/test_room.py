@@ -114,7 +114,8 @@ def test_what_stays_when_it_is_written_over(service: Service, boot: Boot, domain
     if kind == "snapshot":
         run("qemu-img", "snapshot", "-c", "before", base)
     grown = growth_as_planned(service, boot, domain, base, overlay)
-    assert (grown >= 4 * MIB) is (kind != "plain")
+    # Places that were given up in the midst of it may be given out again.
+    assert (grown > 2 * MIB) is (kind != "plain")
     assert_same(read_image(base), b"\x09" * 4 * MIB + shown[4 * MIB :])
 
 

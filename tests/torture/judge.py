@@ -35,6 +35,7 @@ REFUSALS: Final = frozenset(
         "base-not-found",  # the chain is shorter by then
         "base-not-below-top",
         "no-backing",
+        "nothing-to-pull",
         "top-not-found",
         "active-flag-required",
         "image-shared",
@@ -168,8 +169,10 @@ def chains_after_all(chains: Sequence[Chain], jobs: Sequence[JSON], *, meddled: 
         for before in possible:
             if job["state"] != "completed" or not merges(job):
                 following.append(before)
-            if may_merge and job["state"] in ("completed", "lost") and job["top"] in before and job["base"] in before:
-                top, base = before.index(job["top"]), before.index(job["base"])
+            if may_merge and job["state"] in ("completed", "lost") and {job["top"], job["base"]} <= {*before, None}:
+                # A pull leaves its topmost layer where it is, and may leave nothing below that.
+                top = before.index(job["top"]) + (job["type"] == "pull")
+                base = len(before) if job["base"] is None else before.index(job["base"])
                 following.append(before[:top] + before[base:])
         possible = following
     return possible
@@ -213,10 +216,10 @@ def _may_be_lost(job: JSON, end: DomainEnd) -> bool:
 
     A merge of the active layer writes no header: where QEMU has ended, and nobody has heard it to its end, or another
     client has taken the job away, the images don't tell whether it has pivoted. Below the active layer the header
-    tells, unless the service does not see whose it is.
+    tells, unless the service does not see whose it is. After a pull it does not tell whether the data was on the disk.
     """
     unsure = end.qemu_ended or end.meddled
-    return unsure and (job["type"] == "active-commit" or end.blind)
+    return unsure and (job["type"] in ("active-commit", "pull") or end.blind)
 
 
 def _judge_result(end: DomainEnd, job: JSON, before: Sequence[Chain], after: Sequence[Chain]) -> Iterator[str]:

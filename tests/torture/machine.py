@@ -153,7 +153,8 @@ class Machine:
         self.note(f"ask {step.kind} {request.body}")
 
         def send() -> None:
-            path = f"/domains/{self.plan.name}/disks/virtio0/commit"
+            verb = "pull" if step.kind is Kind.PULL else "commit"
+            path = f"/domains/{self.plan.name}/disks/virtio0/{verb}"
             deadline = time.monotonic() + 2
             while True:
                 request.status, request.answer = self._stage.client.ask("POST", path, request.body)

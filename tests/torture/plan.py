@@ -16,9 +16,10 @@ SIZE: Final = 8 << 20
 
 
 class Kind(StrEnum):
-    """What a request for a merge asks for."""
+    """What a request for a job asks for."""
 
     INTERMEDIATE = "intermediate"
+    PULL = "pull"
     PIVOT = "pivot"
     WAIT = "wait"
     KEEP = "keep"
@@ -47,7 +48,7 @@ class How(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """Ask for a merge, without waiting for the answer. `after` is in seconds from the step before, here and below."""
+    """Ask for a job, without waiting for the answer. `after` is in seconds from the step before, here and below."""
 
     after: float
     kind: Kind
@@ -244,10 +245,15 @@ def _job(chance: random.Random) -> list[Step]:
     if kind is Kind.INTERMEDIATE:
         # Mostly more than one layer, so that there is something to see half done.
         body |= {"top": "vda[1]", "base": chance.choice(("vda[2]", "vda[3]", "vda[4]", None))}
+    elif kind is Kind.PULL:
+        body |= {
+            "top": chance.choice(("vda[0]", "vda[1]")),
+            "base": chance.choice(("vda[2]", "vda[3]", "vda[4]", None)),
+        }
     else:
         body |= {"base": chance.choice((None, "vda[1]", "vda[2]", "vda[4]")), "on_ready": kind.value}
         body["flags"] += ["active"]
-    if kind is not Kind.KEEP and chance.random() < 0.5:
+    if kind not in (Kind.KEEP, Kind.PULL) and chance.random() < 0.5:
         body["flags"] += ["delete"]
     # Each request has a speed of its own, by which its job is known also where no answer came; see `Stage.ask`.
     body["bandwidth"] = chance.choice((0, 2 << 20, 4 << 20, 16 << 20))

@@ -79,7 +79,7 @@ class Rounds:
 
     def _count(self, record: Record) -> None:
         for job in record.jobs:
-            kind = job["type"] if job["type"] == "commit" else f"{job['type']} {job['on_ready']}"
+            kind = job["type"] if job["type"] in ("commit", "pull") else f"{job['type']} {job['on_ready']}"
             self.outcomes[f"{kind} | {job['state']}"] += 1
         for request in record.requests:
             self.answers["lost" if request.status is None else request.answer.get("code") or str(request.status)] += 1

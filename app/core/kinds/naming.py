@@ -65,13 +65,15 @@ def header_string(
 
     None where there are none, as no header will name anything.
     """
-    if not names:
+    overlay = selection.overlay
+    if overlay is None:
         return None
-    base, overlay = selection.base, selection.overlay
-    assert overlay is not None
     if overlay.format not in REWRITTEN:
         detail = f"{overlay.file} is a {overlay.format} image, whose header QEMU can't change; merge the active layer"
         return Problem(code=Code.OVERLAY_NOT_WRITABLE, detail=detail, extra={"file": overlay.file})
+    if not names:
+        return None
+    base = selection.base
     whys: list[str] = []
     leads_on = _leads_on(selection.disk.layers[selection.base_index :], facts)
     for name in names:

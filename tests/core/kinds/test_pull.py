@@ -139,6 +139,7 @@ def survey(**unwritable: str) -> Facts:
         (disk(*with_layer(1, virtual_size=1)), {"base": "vda[2]"}, GOOD, Code.SIZES_UNSAFE),
         (disk(), {"base": "vda[3]"}, replace(GOOD, header=HeaderFacts(room=3)), Code.BACKING_FILE_IMPOSSIBLE),
         (disk(), {"base": "vda[3]", "backing_file": "other"}, GOOD, Code.BACKING_FILE_WRONG),
+        (disk(*with_layer(0, format="vmdk")), {}, GOOD, Code.OVERLAY_NOT_WRITABLE),
         (disk(), {}, replace(GOOD, free=0), Code.INSUFFICIENT_STORAGE),
     ],
 )
