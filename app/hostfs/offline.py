@@ -50,7 +50,7 @@ class _Stamp:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _KeptChain:
     """A chain as it was read, and what it was read from."""
 
     told: tuple[ImageUse, ...]
@@ -62,7 +62,7 @@ class OfflineChains:
     """The chains of domains that are off. One whose files are as they were is not read again."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[str, str, str], _Read] = {}
+        self._read: dict[tuple[str, str, str], _KeptChain] = {}
 
     def disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse], roots: Roots) -> Disk:
         """As `offline_disk`."""
@@ -79,7 +79,7 @@ class OfflineChains:
             if all(stamp.changed < began - SETTLED_NS for stamp in stamps):
                 if len(self._read) >= KEPT_MAX:
                     self._read.clear()
-                self._read[key] = _Read(tuple(told), stamps, disk)
+                self._read[key] = _KeptChain(tuple(told), stamps, disk)
         return disk
 
 

@@ -148,6 +148,9 @@ def test_chains_without_the_nodes(disks: tuple[Disk, ...], known: Mapping[str, N
     assert [disk.nodes for disk in found] == [disk.nodes for disk in disks]
     assert [disk.files for disk in found] == [disk.files for disk in disks]
     assert [disk.digest for disk in found] == [disk.digest for disk in disks]
+    # A layer that a guest writes to must not be taken for one that has to be read-only again.
+    active = [[layer.read_only for layer in disk.layers[:1]] for disk in disks]
+    assert [[layer.read_only for layer in disk.layers[:1]] for disk in found] == active
 
 
 def test_fewer_images_than_nodes() -> None:

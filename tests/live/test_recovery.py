@@ -159,6 +159,31 @@ def test_adopted(service: Service, tmp_path: Path, stage: str, opened: Callable[
         assert_same(read_image(done["result"]["chain"][0]), chain.view)
 
 
+@pytest.mark.parametrize("base", ["n0", None])
+def test_a_pull_is_adopted(service: Service, tmp_path: Path, base: str | None) -> None:
+    """It is told by the layers that it holds, takes effect only flushed, and the active layer stays writable."""
+    vm = f"pull-{base}"
+    chain = build_chain(tmp_path, 4)
+    job_id = f"bj-{vm}"
+    with Qemu(tmp_path / "m", blockdev(chain)) as qemu:
+        arguments = {"device": "n3"} | ({} if base is None else {"base_node": base, "backing_file": chain.at(3)})
+        qemu.qmp("block-stream", job_id=job_id, **arguments, auto_finalize=False, auto_dismiss=False, speed=4096)
+        service.client.put(f"/domains/{vm}", json={"qmp": {"unix": str(qemu.monitor)}})
+        until(lambda: service.client.get(f"/jobs/{job_id}").status_code == 200)
+        job = service.job(job_id)
+        assert (job["type"], job["top"], job["base"]) == ("pull", chain.at(0), base and chain.at(3))
+        assert service.client.patch(f"/jobs/{job_id}", json={"bandwidth": 0}).status_code == 200
+        done = service.wait_for_job(job_id)
+        assert (done["state"], done["error"]) == ("completed", None)
+        assert done["result"]["chain"] == ([chain.at(0)] if base is None else [chain.at(0), chain.at(3)])
+        nodes = {node["node-name"]: node["ro"] for node in qemu.qmp("query-named-block-nodes", flat=True)}
+        assert {name: ro for name, ro in nodes.items() if not name.startswith("f")} == (
+            {"n3": False} if base is None else {"n3": False, "n0": True}
+        )
+        qemu.kill()
+        assert_same(read_image(chain.active), chain.view)
+
+
 def test_a_job_that_nobody_can_place(service: Service, tmp_path: Path) -> None:
     """A concluded job that holds no layer any more is reported, and left alone."""
     chain = build_chain(tmp_path, 3)

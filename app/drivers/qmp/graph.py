@@ -100,11 +100,14 @@ def nodes_of_images(devices: Sequence[Device], stats: Sequence[Stats], known: Ma
     by_device = {(entry.backend, entry.qdev): entry for entry in stats}
     for device in devices:
         at = by_device.get((device.backend, device.qdev)) if device.medium else None
+        # It says whether the disk is written to; all below its active layer is as a rule only read.
+        read_only = device.medium.read_only if device.medium else True
         for image in device.medium.images if device.medium else ():
             if at is None:
                 raise Torn
             name = at.node or ""
-            nodes[name] = replace(image, name=name, read_only=known[name].read_only if name in known else True)
+            nodes[name] = replace(image, name=name, read_only=known[name].read_only if name in known else read_only)
+            read_only = read_only if image.driver in FILTERS else True
             at = at.backing or at.carrier if image.driver in FILTERS else at.backing
         if at is not None:
             raise Torn
