@@ -182,9 +182,11 @@ class Executor:
 
     async def _hindrance(self, runner: Runner, job: Job) -> str | None:
         """Why QEMU can't write the header that the job changes; None where it can, or where it has it open for that."""
-        file = kind_of(job.spec).header_file(job.spec)
+        rules = kind_of(job.spec)
+        file, written = rules.header_file(job.spec), rules.written(job.spec)
         overlay = next((layer for layer in job.spec.disk.layers if layer.file == file and layer.read_only), None)
-        if overlay is None or self._shared.clock.now() < (job.started_at or 0) + RECENT_MS:
+        # What the job copies into is open for writing as long as it runs.
+        if overlay is None or overlay == written or self._shared.clock.now() < (job.started_at or 0) + RECENT_MS:
             return None
         words = (await runner.survey((overlay.node,))).unwritable.get(overlay.node)
         if words is None:

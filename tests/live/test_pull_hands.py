@@ -347,3 +347,19 @@ def test_room_where_the_data_goes(service: Service, boot: Boot, domain: str, fol
             ).stdout
         )
         assert info["backing-filename"] == str(chain.active)
+
+
+@pytest.mark.parametrize("opened", [blockdev, drive_with_id])
+def test_a_long_pull_below_the_active_layer(
+    service: Service, boot: Boot, chain: Chain, domain: str, opened: Callable[[Chain], list[str]]
+) -> None:
+    """Whether its header can be written is not asked again in a way that would make it read-only before that."""
+    qemu = boot(opened(chain))
+    job = running(service, domain, top="vda[1]")
+    time.sleep(1.5)
+    done = sped_up(service, job)
+    assert (done["state"], done["error"], done["result"]["chain"]) == ("completed", None, chain.files[:2])
+    assert header_backing(chain.at(1)) is None
+    qemu.kill()
+    assert_same(read_image(chain.active), chain.view)
+    assert_same(read_image(chain.at(1)), chain.views[-2])
