@@ -53,7 +53,6 @@ class LocalImages:
         self._workers = workers or Workers()
         self._roots = Roots.of(roots)
         self._overlays = overlays.OverlayIndex(self._roots)
-        self._offline = offline.OfflineChains()
         self._qemu_img = allocation.QemuImg(program=qemu_img, timeout=timeout)
 
     async def _do(self, otherwise: T, owner: object, work: Callable[..., T], *arguments: Any) -> T:
@@ -164,7 +163,7 @@ class LocalImages:
     async def offline_disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse]) -> Disk:
         """A disk of a domain that is off, from the headers; raises `ChainUnreadable` where an image can't be read."""
         try:
-            work = (self._offline.disk, domain, name, image, told, self._roots)
+            work = (offline.offline_disk, domain, name, image, told, self._roots)
             return await self._workers.do(*work, within=OFF_S, owner=image, most=1)
         except Overdue as error:
             detail = f"the disk {name} can't be read: {image}: {error}"

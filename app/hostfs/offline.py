@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from app.core.chain import Disk, Layer
@@ -25,66 +21,6 @@ from app.hostfs.roots import Roots
 
 DEPTH_MAX: Final = 1000
 """Layers of a chain that are followed."""
-
-
-KEPT_MAX: Final = 10_000
-"""Chains that are kept."""
-
-SETTLED_NS: Final = 2_000_000_000
-"""Nanoseconds after a change of a file from which on another change is sure to show in its times, which have ticks."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stamp:
-    """What tells one state of a file from another."""
-
-    identity: tuple[int, int]
-    size: int
-    written: int
-    changed: int
-
-    @classmethod
-    def of(cls, path: str) -> _Stamp:
-        found = Path(path).stat()
-        return cls((found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class _KeptChain:
-    """A chain as it was read, and what it was read from."""
-
-    told: tuple[ImageUse, ...]
-    stamps: tuple[_Stamp, ...]
-    disk: Disk
-
-
-class OfflineChains:
-    """The chains of domains that are off. One whose files are as they were is not read again."""
-
-    def __init__(self) -> None:
-        self._read: dict[tuple[str, str, str], _KeptChain] = {}
-
-    def disk(self, domain: str, name: str, image: str, told: Sequence[ImageUse], roots: Roots) -> Disk:
-        """As `offline_disk`."""
-        key, known = (domain, name, image), self._read.get((domain, name, image))
-        with suppress(OSError):
-            if known is not None and known.told == tuple(told) and known.stamps == _stamps(known.disk):
-                return known.disk
-        self._read.pop(key, None)
-        began = time.time_ns()
-        disk = offline_disk(domain, name, image, told, roots)
-        with suppress(OSError):
-            stamps = _stamps(disk)
-            # A file that has just been changed may be changed once more, and show the same times.
-            if all(stamp.changed < began - SETTLED_NS for stamp in stamps):
-                if len(self._read) >= KEPT_MAX:
-                    self._read.clear()
-                self._read[key] = _KeptChain(tuple(told), stamps, disk)
-        return disk
-
-
-def _stamps(disk: Disk) -> tuple[_Stamp, ...]:
-    return tuple(_Stamp.of(layer.file) for layer in disk.layers)
 
 
 def offline_disk(domain: str, name: str, image: str, told: Sequence[ImageUse], roots: Roots) -> Disk:

@@ -21,13 +21,13 @@ from app.core.chain import Disk, Identity, NotDeleted
 from app.core.errors import Code, Refused
 from app.core.evidence import HeaderReading, Process
 from app.core.images import Image
-from app.engine.ports.images import ChainUnreadable, Measure
-from app.hostfs import offline, qcow2
+from app.engine.ports.images import Measure
+from app.hostfs import qcow2
 from app.hostfs.headers import HEADER
 from app.hostfs.identity import image_at
 from app.hostfs.images import LocalImages
 from app.hostfs.process import start_time
-from tests.support.chains import CLUSTER, MIB, blockdev, build_chain, name_backing
+from tests.support.chains import CLUSTER, MIB, blockdev, build_chain
 from tests.support.qemu import Qemu
 
 pytestmark = pytest.mark.live
@@ -493,33 +493,6 @@ def test_offline_disk_outside_the_roots(tmp_path: Path) -> None:
     assert "image_roots" in refusal(raw, images)
     create(inside / "base.qcow2")
     assert len(disk_of(create(inside / "good.qcow2", backing="base.qcow2"), images).layers) == 2
-
-
-def test_a_chain_is_read_again_once_a_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chain that is as it was is not read twice; a header, a link and a missing file show at once."""
-    base, other = create(tmp_path / "base.qcow2"), create(tmp_path / "other.qcow2")
-    top = create(tmp_path / "top.qcow2", backing="link.qcow2")
-    link = tmp_path / "link.qcow2"
-    link.symlink_to(base)
-    images = LocalImages((), 10)
-    fresh = disk_of(top, images)
-    # They have just been made, and may be changed once more within the same tick of the clock.
-    assert disk_of(top, images) is not fresh
-    monkeypatch.setattr(offline, "SETTLED_NS", 0)
-    time.sleep(0.05)
-    kept = disk_of(top, images)
-    assert disk_of(top, images) is kept
-    assert kept == fresh
-    link.unlink()
-    link.symlink_to(other)
-    assert disk_of(top, images).layers[1].identity == identity_of(other)
-    time.sleep(0.05)
-    disk_of(top, images)
-    name_backing(top, base)
-    assert disk_of(top, images).files == (str(top), str(base))
-    base.unlink()
-    with pytest.raises(ChainUnreadable):
-        disk_of(top, images)
 
 
 def test_read_header(tmp_path: Path) -> None:
