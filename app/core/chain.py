@@ -22,18 +22,20 @@ INDEXED = re.compile(r"(?P<disk>.+)\[(?P<index>[0-9]{1,9})\]")
 class Layer:
     """One image of a backing chain.
 
-    Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None.
-    `identity` is None where the service can't see the file, `device` the number of a block device (st_rdev). `born` is
-    when the file was made (ns since 1970), None where nobody can tell. `unheld`: the process behind the monitor can be
-    seen, and does not have the file open. `folder` is the file's folder with symlinks resolved.
-    `name` is QEMU's own name of the image (`json:{…}` where a path alone does not say all), empty where QEMU was not
-    asked. `data_file` is the file that holds the data of an image whose own file holds none of it. `corrupt`,
-    `dirty` (its last writer did not close it, or has it open), `snapshots` (how many internal ones), `bitmaps` (the
-    names of persistent ones) and `version_2` are what a qcow2 image says of itself. `tracking` are the names of the
-    dirty bitmaps that QEMU keeps of it now; one without a name belongs to another node. `read_only` says whether QEMU
-    has it open for reading only.
-    `filters` are the filter nodes right above this layer, topmost first, and `below` the nodes that carry its file
-    (protocol node last), both as QEMU names them.
+    Sizes are in bytes. `backing` is the string in this image's own header, as it stands there, or None. `identity`
+    is None where the service can't see the file, `device` the number of a block device (st_rdev). `born` is when
+    the file was made (ns since 1970), None where nobody can tell. `unheld`: the process behind the monitor can be
+    seen, and does not have the file open; `replaced`: it has another one, that was called so before. `folder` is
+    the file's folder with symlinks resolved. `name` is QEMU's own name of the image (`json:{…}` where a path alone
+    does not say all), empty where QEMU was not asked. `data_file` is the file that holds the data of an image whose
+    own file holds none of it. `corrupt`, `dirty` (its last writer did not close it, or has it open), `snapshots`
+    (how many internal ones), `bitmaps` (the names of persistent ones) and `version_2` are what a qcow2 image says
+    of itself. `tracking` are the names of the dirty bitmaps that QEMU keeps of it now; one without a name belongs
+    to another node. `read_only` says whether QEMU has it open for reading only, `encrypted` whether it takes a key,
+    `packed` whether it is of a kind that is written once (a stream-optimized vmdk). `broken_bitmaps` are persistent
+    bitmaps that were not stored when QEMU ended. `filters` are the filter nodes
+    right above this layer, topmost first, and `below` the nodes that carry its file (protocol node last), both as
+    QEMU names them.
     """
 
     file: str
@@ -47,6 +49,7 @@ class Layer:
     device: int | None = None
     born: int | None = None
     unheld: bool = False
+    replaced: bool = False
     folder: str | None = None
     cluster_size: int = 65536
     name: str = ""
@@ -58,6 +61,9 @@ class Layer:
     tracking: tuple[str, ...] = ()
     version_2: bool = False
     read_only: bool = False
+    encrypted: bool = False
+    packed: bool = False
+    broken_bitmaps: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     below: tuple[str, ...] = ()
 

@@ -33,6 +33,7 @@ from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of, disk_with
 from app.engine.ports.driver import Declined, MonitorError, Runner
 from app.engine.shared import Shared
+from app.engine.strangers import strangers_on
 
 log = structlog.get_logger(__name__)
 
@@ -188,10 +189,21 @@ class Executor:
         # What the job copies into is open for writing as long as it runs.
         if overlay is None or overlay == written or self._shared.clock.now() < (job.started_at or 0) + RECENT_MS:
             return None
+        if not await self._unreplaced(job, (overlay.node,)):
+            return f"another file is called {overlay.file} by now, whose header would be changed instead"
         words = (await runner.survey((overlay.node,))).unwritable.get(overlay.node)
         if words is None:
             return None
         return f"QEMU can't open {file} for writing by now, whose header has to change: {words}"
+
+    async def _unreplaced(self, job: Job, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the nodes whose files are not known to be others by now, which QEMU would open in their places."""
+        layers = [layer for layer in job.spec.disk.layers if layer.node in nodes and layer.identity is not None]
+        if not layers:
+            return nodes
+        seen = await self._shared.images.identities([layer.file for layer in layers], job.control.process)
+        others = {layer.node for layer in layers if seen.get(layer.file, layer.identity) != layer.identity}
+        return tuple(node for node in nodes if node not in others)
 
     async def _flushed(self, runner: Runner, job: Job) -> bool:
         """Have all that a job wrote on the disk, where QEMU does not see to that by itself before it is finalized."""
@@ -222,9 +234,10 @@ class Executor:
             runner = self._usable
             if runner is None:
                 return None
-            disks = await self._disks.read()
-            disk = disk_of(job, disks) or disk_with(job, disks)
-            evidence = replace(evidence, unplugged=disk is None, graph=None if disk is None else _reading(disk))
+            disks = await self._disks_after(job)
+            if disks is not None:
+                disk = disk_of(job, disks) or disk_with(job, disks)
+                evidence = replace(evidence, unplugged=disk is None, graph=None if disk is None else _reading(disk))
         evidence = replace(evidence, header=await self._header(job))
         if evidence.header is None and self._awaits_header(job, live):
             return None
@@ -232,6 +245,18 @@ class Executor:
             # QEMU may have been told to finalize by somebody else, or by a service that has died since.
             return Gathered(replace(evidence, flushed=live.flushed or await self._flushed(self._usable, job)))
         return Gathered(replace(evidence, flushed=live.flushed or not kind_of(job.spec).flushes(job.spec)))
+
+    async def _disks_after(self, job: Job) -> tuple[Disk, ...] | None:
+        """The disks, or None where QEMU can't tell them any more and has told the outcome already.
+
+        It tells of no disk at all once it has closed an image that it found to be corrupt.
+        """
+        try:
+            return await self._disks.read()
+        except Declined:
+            if job.control.verdict is not Verdict.ERROR:
+                raise
+            return None
 
     def _awaits_header(self, job: Job, live: LiveJob) -> bool:
         """Whether a header that could be read before the job may still be read: an error now may pass."""
@@ -277,7 +302,7 @@ class Executor:
         assert judgement is not None
         tidy = kind_of(job.spec).cleanup(job.spec, judgement)
         # Whatever is deleted, and whatever QEMU forgets, is so after the comparison.
-        verdict = self._verdict_of(job, live, tidy.compared) if tidy.compared else (None, None)
+        verdict = self._verdict_of(job, live, tidy.compared, tidy.compared_size) if tidy.compared else (None, None)
         if verdict is None:
             return None
         problem, verified = verdict
@@ -294,7 +319,7 @@ class Executor:
                 return None
             # Until it is dismissed, a job below the active layer holds the nodes that it has merged. Its outcome is
             # stored, so nothing is lost if the service ends in between: all of this is done again then.
-            await runner.conclude(job.id, tidy.release, tidy.read_only)
+            await runner.conclude(job.id, tidy.release, await self._unreplaced(job, tidy.read_only))
             # Read since the job has concluded: to judge it, or over a new connection. No layer of a chain is released.
             disk = disk_of(job, self._disks.known)
             chain = disk.files if disk else tidy.chain
@@ -323,6 +348,8 @@ class Executor:
         disks = () if self._connection.runner is None else await self._disks.read()
         process = job.control.process
         holders = await self._shared.known.holders(tuple(files.values()), process)
+        if (why := await self._clones(job, files, disks)) is not None:
+            return (), tuple(NotDeleted(file=file, reason=why) for file in files)
 
         def in_use(image: Image) -> str | None:
             if image in holders:
@@ -336,8 +363,17 @@ class Executor:
         since = job.control.judged_at if ended else None
         return await self._shared.images.unlink(files, process, in_use, since)
 
+    async def _clones(self, job: Job, files: Mapping[str, Image], disks: tuple[Disk, ...]) -> str | None:
+        """Why the files are left: others may have been made over them while the job ran, of which nobody has told."""
+        own = [layer.image for layer in job.spec.disk.layers]
+        own += [Image.of(layer) for disk in disks for layer in disk.layers]
+        found = await strangers_on(self._shared, tuple(files.values()), own)
+        if found.files:
+            return f"the header of {found.files[0].path} leads to what was merged"
+        return None if found.complete else "there was no time to look for overlays on it in image_roots"
+
     def _verdict_of(
-        self, job: Job, live: LiveJob, layers: tuple[LayerRecord, ...]
+        self, job: Job, live: LiveJob, layers: tuple[LayerRecord, ...], size: int
     ) -> tuple[Problem | None, int | None] | None:
         """What the comparison of a job's images has shown: why they differ, or how many bytes are the same.
 
@@ -345,13 +381,13 @@ class Executor:
         """
         if live.comparison is None:
             process = None if self._connection.has_ended(job.control.process) else job.control.process
-            live.comparison = asyncio.create_task(self._shared.images.compare(layers, process))
+            live.comparison = asyncio.create_task(self._shared.images.compare(layers, process, size=size))
             live.comparison.add_done_callback(lambda _done: self._wake())
         if not live.comparison.done():
             return None
         why = live.comparison.result()
         if why is None:
-            return None, layers[0].virtual_size
+            return None, min(size, layers[0].virtual_size)
         detail = f"{layers[-1].file} does not show what the merged layers show: {why}; nothing was deleted"
         return Problem(code=Code.VERIFICATION_FAILED, detail=detail, extra={"file": layers[-1].file}), None
 

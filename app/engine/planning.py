@@ -10,11 +10,10 @@ from typing import Any
 from app.core.chain import Disk, Identity, Layer
 from app.core.errors import Code, Problem, Refused
 from app.core.headers import HeaderFacts
-from app.core.images import Image, same_image
+from app.core.images import Image
 from app.core.job import Job
 from app.core.kinds import KINDS, Spec, kind_of
 from app.core.plan import Facts, Inquiry, Plan
-from app.core.sameness import Sameness
 from app.engine.connection import MonitorConnection
 from app.engine.disks import DomainDisks, disk_of
 from app.engine.known import ImageUser
@@ -22,6 +21,7 @@ from app.engine.meanwhile import Meanwhile, plainly
 from app.engine.ports.images import Measure, Overlays
 from app.engine.ports.journal import Registration
 from app.engine.shared import Shared
+from app.engine.strangers import strangers_on
 from app.engine.views import DomainState
 
 
@@ -116,12 +116,14 @@ class Planner:
         try:
             # QEMU is asked by nobody else while it answers this.
             survey = await self._connection.require().survey(inquiry.probe)
-            (locked, free, is_device, undeletable), header, strangers, holders = await meanwhile(asked)
+            (locked, free, is_device, undeletable), header, strangers, holders, data = await meanwhile(asked)
         finally:
             asked.cancel()
         user = None
         if inquiry.alone:
             user = known.user_of(written, self._registration.id, disk) or holders.get(written)
+            if user is None and data is not None:
+                user = known.user_of(data, self._registration.id, disk)
         if user is None and strangers.files:
             path = strangers.files[0].path
             why = f"the header of {path} leads to this chain; register the domain that needs it, or delete it"
@@ -141,7 +143,13 @@ class Planner:
 
     async def _ask_files(
         self, disk: Disk, inquiry: Inquiry
-    ) -> tuple[tuple[bool, int | None, bool, Mapping[str, str]], HeaderFacts, Overlays, Mapping[Image, ImageUser]]:
+    ) -> tuple[
+        tuple[bool, int | None, bool, Mapping[str, str]],
+        HeaderFacts,
+        Overlays,
+        Mapping[Image, ImageUser],
+        Image | None,
+    ]:
         """All at once: where files hang, one deadline goes by, and not one after the other."""
         images, process, file = self._shared.images, self._connection.process, inquiry.written.file
         of_written = asyncio.gather(
@@ -150,21 +158,26 @@ class Planner:
             images.is_device(file, process),
             images.undeletable(inquiry.to_delete, process),
         )
-        written, header, strangers, holders, _ = await asyncio.gather(
+        written, header, strangers, holders, data, _ = await asyncio.gather(
             of_written,
             self._header(inquiry),
             self._strangers(disk, inquiry),
             self._shared.known.holders((Image.of(inquiry.written),), process),
+            self._data_image(inquiry.written),
             self._shared.known.refresh(),
         )
-        return written, header, strangers, holders
+        return written, header, strangers, holders, data
 
     async def _free(self, layer: Layer) -> int | None:
-        """The bytes by which a layer can grow: an image may keep its data in a file elsewhere, and its tables here."""
-        places = (layer.file,) if layer.data_file is None else (layer.file, layer.data_file)
-        process = self._connection.process
-        found = await asyncio.gather(*(self._shared.images.free_bytes(place, process) for place in places))
-        return min((free for free in found if free is not None), default=None)
+        """The bytes by which a layer can grow: an image may keep its data in a file elsewhere."""
+        return await self._shared.images.free_bytes(layer.data_file or layer.file, self._connection.process)
+
+    async def _data_image(self, layer: Layer) -> Image | None:
+        """The file in which an image keeps its data, which may be an image of others by itself (data_file_raw)."""
+        if layer.data_file is None:
+            return None
+        seen = await self._shared.images.identities([layer.data_file], self._connection.process)
+        return Image(layer.data_file, seen.get(layer.data_file))
 
     async def _measure(self, inquiry: Inquiry) -> Measure | None:
         read, written = inquiry.read, inquiry.written
@@ -172,21 +185,10 @@ class Planner:
         return await self._shared.images.measure(layers, self._connection.process, upwards=inquiry.upwards)
 
     async def _strangers(self, disk: Disk, inquiry: Inquiry) -> Overlays:
-        """Overlays on the layers that nobody has told of, but for those that a merge has left behind."""
         if not inquiry.alone:
             return Overlays()
-        # What stands in a raw image is the word of a guest.
-        besides = [*(Image.of(layer) for layer in disk.layers), *self._shared.known.headerless()]
-        found = await self._shared.images.overlays_on(
-            [Image.of(layer) for layer in (inquiry.written, *inquiry.read)], besides=besides
-        )
-        if not found.files:
-            return found
-        marks = await self._shared.journal.invalid_marks(found.files)
-        left = tuple(
-            file for file in found.files if all(same_image(mark.image, file) is not Sameness.SAME for mark in marks)
-        )
-        return replace(found, files=left)
+        images = [Image.of(layer) for layer in (inquiry.written, *inquiry.read)]
+        return await strangers_on(self._shared, images, [Image.of(layer) for layer in disk.layers])
 
     async def _header(self, inquiry: Inquiry) -> HeaderFacts:
         if inquiry.overlay is None:

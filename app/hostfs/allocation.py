@@ -163,14 +163,20 @@ def judge(
     return tuple(opened)
 
 
-async def compare(layers: Sequence[LayerRecord], judged: Sequence[Judged], qemu_img: QemuImg) -> str | None:
+async def compare(
+    layers: Sequence[LayerRecord], judged: Sequence[Judged], qemu_img: QemuImg, *, size: int
+) -> str | None:
     """Why the topmost layer, over all others, does not show what the last one shows; None if it does.
 
-    Closes the files. What one of the two has beyond the end of the other has to be zeros.
+    Closes the files. What one of the two has beyond the end of the other, and before `size`, has to be zeros.
     """
+    top, base = layers[0].virtual_size, layers[-1].virtual_size
     try:
         described = [_described(layer.format, each) for layer, each in zip(layers, judged, strict=True)]
-        return await qemu_img.compare(_stacked(described), _stacked(described[-1:]), [each.file for each in judged])
+        # The merge has made the base as long as the topmost layer.
+        merged = _cut(_stacked(described), size if size < top else None)
+        result = _cut(_stacked(described[-1:]), size if size < max(base, top) else None)
+        return await qemu_img.compare(merged, result, [each.file for each in judged])
     finally:
         for each in judged:
             os.close(each.file)
@@ -262,6 +268,11 @@ def _described(driver: str, judged: Judged) -> dict[str, object]:
     protocol = "host_device" if judged.device else "file"
     file = {"driver": protocol, "filename": f"/proc/self/fd/{judged.file}", "locking": "off"}
     return {"driver": driver, "file": file}
+
+
+def _cut(image: dict[str, object], size: int | None) -> dict[str, object]:
+    """The image up to `size` bytes, or all of it."""
+    return image if size is None else {"driver": "raw", "size": size, "file": image}
 
 
 def _stacked(described: Sequence[dict[str, object]]) -> dict[str, object]:

@@ -9,16 +9,21 @@ import os
 import posixpath
 import stat
 from collections.abc import Mapping
+from typing import Final
 
 from app.core.chain import Identity
 from app.core.evidence import Process
 from app.core.images import Image
 from app.core.sameness import Sameness, same
+from app.hostfs import qcow2
 from app.hostfs.credentials import may_unlink_as, unlink_as
 from app.hostfs.locks import is_locked
 from app.hostfs.opening import born_at
 from app.hostfs.process import files_seen_open, open_folder
 from app.hostfs.roots import Roots
+
+SNAPSHOTS_AT: Final = 60
+"""Where the header of a qcow2 image has the number of its internal snapshots."""
 
 
 def undeletable(files: Mapping[str, Identity | None], process: Process | None, roots: Roots) -> dict[str, str]:
@@ -73,9 +78,24 @@ def _why_another(folder: int, name: str, image: Image, process: Process | None, 
         # The domain's own QEMU has let go of what was merged: what it has open under this name is something else.
         if (found.st_dev, found.st_ino) in files_seen_open(process) or is_locked(file, None):
             return "a process has it open"
+        if (snapshots := _internal_snapshots(file)) > 0:
+            # They may have been taken since the job was planned.
+            return f"it holds {snapshots} internal snapshots"
     finally:
         os.close(file)
     return None
+
+
+def _internal_snapshots(file: int) -> int:
+    """How many an image has by its header (docs/interop/qcow2.txt); `file` is open by O_PATH. Raises OSError."""
+    opened = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        head = os.pread(opened, SNAPSHOTS_AT + 4, 0)
+    finally:
+        os.close(opened)
+    if not head.startswith(qcow2.MAGIC) or len(head) < SNAPSHOTS_AT + 4:
+        return 0
+    return int.from_bytes(head[SNAPSHOTS_AT:], "big")
 
 
 def _why_not(path: str, identity: Identity | None, process: Process | None, roots: Roots) -> str | None:

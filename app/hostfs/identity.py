@@ -97,6 +97,8 @@ def _with_file(layer: Layer, process: Process | None, held: _Held) -> Layer:
         device=image.device if known else None,
         born=image.born if known else None,
         unheld=known is None and held.certain,
+        # A node of a device may be made anew, and lead to the same device.
+        replaced=identity is not None and known is None and held.certain and image.device is None,
         folder=folder,
     )
 

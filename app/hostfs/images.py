@@ -99,12 +99,12 @@ class LocalImages:
         count = allocation.measure_pull if upwards else allocation.measure
         return await count(layers, judged, self._qemu_img)
 
-    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None, *, size: int) -> str | None:
         """Why the topmost layer, over all others, does not show what the last one shows; None if it does."""
         judged = await self._do(None, process, allocation.judge, layers, process, self._roots)
         if judged is None:
             return "the images can't be opened by the service"
-        return await allocation.compare(layers, judged, self._qemu_img)
+        return await allocation.compare(layers, judged, self._qemu_img, size=size)
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
         """Those of the `files` that must not or can't be unlinked (not a regular file, outside the roots), and why."""

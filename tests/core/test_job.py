@@ -734,6 +734,13 @@ def test_a_header_that_leads_to_the_base_proves_the_merge(verdict: Verdict, inte
     assert outcome(intermediate_job(), verdict, Proof.UNKNOWN, intent) == (State.LOST, Code.OUTCOME_UNKNOWN)
 
 
+@pytest.mark.parametrize("intent", [Intent.RUN, Intent.ABORT, Intent.FORCE])
+def test_a_pivot_that_nobody_here_wanted(intent: Intent) -> None:
+    """Of a job that was to keep the overlay it is no completion, whatever was asked for since."""
+    keeping = active_job(on_ready=OnReady.KEEP)
+    assert outcome(keeping, Verdict.FINE, Proof.MERGED, intent) == (State.LOST, Code.OUTCOME_UNKNOWN)
+
+
 @pytest.mark.parametrize("intent", Intent)
 @pytest.mark.parametrize("verdict", [Verdict.FINE, Verdict.VANISHED, Verdict.GONE])
 def test_a_chain_that_looks_like_a_pivot_proves_none(verdict: Verdict, intent: Intent) -> None:

@@ -151,7 +151,8 @@ class CleanUp:
 
     `release` are the nodes to delete, in that order, `read_only` those to be open for reading only again. `to_delete`
     are the files to unlink, each with the image that it must be. `compared` are the layers, topmost first, whose view
-    has to be the same as that of the last of them before anything is deleted. `chain` are the files of the chain as the
+    has to be the same as that of the last of them before anything is deleted, as far as the layer above shows it
+    (`compared_size` bytes). `chain` are the files of the chain as the
     judgement has it. `unused` are those that the disk does not use any more, of a kind that leaves them all right; None
     of any other.
     """
@@ -162,6 +163,7 @@ class CleanUp:
     invalidated: tuple[str, ...] = ()
     not_deleted: tuple[NotDeleted, ...] = ()
     compared: tuple[LayerRecord, ...] = ()
+    compared_size: int = 0
     chain: tuple[str, ...] = ()
     unused: tuple[str, ...] | None = None
 

@@ -47,14 +47,8 @@ from app.core.kinds.layers import (
 )
 from app.core.kinds.naming import header_string, proposals
 from app.core.kinds.outcome import chain_proof, header_doubt, judged, pivot_doubt
-from app.core.kinds.refusals import (
-    data_files,
-    merge_warnings,
-    no_room,
-    refused,
-    to_probe,
-    undeletable,
-)
+from app.core.kinds.refusals import data_files, incomparable, no_room, refused, to_probe, undeletable
+from app.core.kinds.warnings import merge_warnings
 from app.core.orphan import OrphanJob
 from app.core.plan import Facts, Inquiry, Plan, QemuCommand
 from app.core.states import DataState, JobType, OnError, OnReady, State
@@ -207,7 +201,8 @@ def _wrong_ending(chosen: CommitSelection) -> Problem | None:
         absolute = absolute_header(chosen.disk, chosen.top_index - 1, chosen.base_index)
         if absolute is not None:
             return absolute
-    return temporary(chosen.disk) if chosen.disk.temporary else None
+    unverifiable = incomparable(chosen) if request.verify else None
+    return temporary(chosen.disk) if chosen.disk.temporary else unverifiable
 
 
 def inquiry(selection: CommitSelection) -> Inquiry:
@@ -395,5 +390,6 @@ def cleanup(spec: CommitSpec, judgement: Judgement) -> CleanUp:
         invalidated=spec.invalidates,
         not_deleted=spec.undeletable + unsafe,
         compared=spec.disk.layers[spec.top_index : spec.base_index + 1] if spec.verify and judgement.merged else (),
+        compared_size=0 if spec.above is None else spec.above.virtual_size,
         chain=before[: spec.top_index] + before[spec.base_index :] if judgement.merged else before,
     )

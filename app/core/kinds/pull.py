@@ -47,7 +47,8 @@ from app.core.kinds.layers import (
 )
 from app.core.kinds.naming import header_string, proposals
 from app.core.kinds.outcome import chain_proof, header_doubt, judged
-from app.core.kinds.refusals import no_room, pull_refused, pull_warnings
+from app.core.kinds.refusals import no_room, probed, pull_refused
+from app.core.kinds.warnings import pull_warnings
 from app.core.orphan import OrphanJob
 from app.core.plan import Facts, Inquiry, Plan, QemuCommand
 from app.core.states import DataState, JobType, OnError, OnReady, State
@@ -208,7 +209,7 @@ def inquiry(selection: PullSelection) -> Inquiry:
         written=target,
         read=selection.merged,
         overlay=target,
-        probe=(target.node,) if target.read_only and not (target.bitmaps or target.dirty) else (),
+        probe=(target.node,) if probed(target) else (),
         names=_names(selection),
         alone=False,
         upwards=True,

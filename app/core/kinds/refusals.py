@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from app.core.chain import Layer, NotDeleted
 from app.core.errors import LOCKED, Code, Problem
 from app.core.kinds.layers import LayersSelection
-from app.core.plan import Demand, Facts, Guest, Parent, PlanWarning
+from app.core.kinds.naming import DESCRIPTORS
+from app.core.plan import Demand, Facts, Guest, Parent
 
 ELSEWHERE: Final = frozenset({Guest.MIGRATING, Guest.INCOMING})
 """States of a guest whose images are another QEMU's."""
@@ -162,8 +163,21 @@ def _tracked(selection: LayersSelection) -> Problem | None:
     )
 
 
+def _reopened(layer: Layer, facts: Facts) -> str | None:
+    """Why QEMU can't have a layer open for writing that it has open for reading only; None if it can.
+
+    To do so it opens the name anew (block/file-posix.c: raw_reconfigure_getfd), whatever is called so by now, and goes
+    on with what it knows of the image before.
+    """
+    if layer.replaced and layer.read_only:
+        return "another file than the one that it has open has this name by now; give the image its name back"
+    if layer.packed:
+        return "it is a stream-optimized vmdk image, which is written once; convert it"
+    return facts.survey.unwritable.get(layer.node)
+
+
 def _unwritable(written: Layer, facts: Facts) -> Problem | None:
-    words = facts.survey.unwritable.get(written.node)
+    words = _reopened(written, facts)
     if words is None:
         return None
     locked = LOCKED.search(words) is not None
@@ -232,12 +246,14 @@ def _cannot_grow(selection: LayersSelection, facts: Facts) -> Problem | None:
         why = "it is a device"
     elif base.format not in GROWING:
         why = f"QEMU can't make images of the format {base.format} longer"
+    elif base.broken_bitmaps:
+        why = f"its bitmaps are inconsistent, and have to be removed before: {', '.join(base.broken_bitmaps)}"
     elif base.version_2 and base.snapshots:
         why = "it is a qcow2 image of version 2 with internal snapshots"
     elif base.version_2 and beneath is not None and beneath.virtual_size > base.virtual_size:
         # What is below would show there, and it has no zeros to hide it (block/qcow2.c: qcow2_co_truncate).
         why = f"it is a qcow2 image of version 2, and {beneath.file} below it is longer"
-    elif base.format == "raw" and base.name.startswith("json:") and '"size"' in base.name:
+    elif base.format == "raw" and base.name.startswith("json:") and PART.search(base.name):
         why = "QEMU has opened a part of a file"
     if why is None:
         return None
@@ -252,7 +268,7 @@ def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
     overlay = selection.overlay
     if overlay is None:
         return None
-    words = facts.survey.unwritable.get(overlay.node)
+    words = _reopened(overlay, facts)
     if words is None:
         return _uncounted(overlay, Code.OVERLAY_NOT_WRITABLE)
     return Problem(
@@ -262,14 +278,46 @@ def _overlay(selection: LayersSelection, facts: Facts) -> Problem | None:
     )
 
 
+def incomparable(selection: LayersSelection) -> Problem | None:
+    """Why the service could not compare the merged layers with the base afterwards, which says nothing of them."""
+    for layer in (*selection.merged, selection.base):
+        why = None
+        if layer.format not in COMPARED:
+            why = f"it is a {layer.format} image"
+        elif layer.encrypted:
+            why = "it is encrypted, and the service has no key"
+        elif layer.data_file is not None:
+            why = "it keeps its data in another file"
+        elif layer.format == "raw" and layer.name.startswith("json:") and PART.search(layer.name):
+            why = "QEMU has opened a part of a file"
+        if why is not None:
+            detail = f"`verify` can't be carried out: the service can't compare {layer.file}: {why}; leave it out"
+            return Problem(code=Code.NOT_SUPPORTED, detail=detail, extra={"file": layer.file})
+    return None
+
+
+COMPARED: Final = frozenset({"raw", "qcow2", "qed"})
+"""The formats of the images that the service reads."""
+
+PART: Final = re.compile(r'"(offset|size)"')
+"""Options of a raw image that is a part of its file (QAPI `BlockdevOptionsRaw`)."""
+
+
 def to_probe(selection: LayersSelection) -> tuple[str, ...]:
     """The nodes that QEMU has open for reading only, and that the merge has it open for writing.
 
     An image with persistent bitmaps is left alone: it is written to when it is opened for writing. So is one that is
-    dirty: the mark would be gone afterwards, and nothing repaired.
+    dirty: the mark would be gone afterwards, and nothing repaired. One that was replaced would be another one then.
     """
     written = [selection.base] + ([] if selection.overlay is None else [selection.overlay])
-    return tuple(layer.node for layer in written if layer.read_only and not (layer.bitmaps or layer.dirty))
+    return tuple(layer.node for layer in written if probed(layer))
+
+
+def probed(layer: Layer) -> bool:
+    """Whether QEMU is to be asked if it can write to the layer, which does no harm to it."""
+    changes = layer.bitmaps or layer.dirty or layer.replaced
+    # QEMU would keep the lock of the descriptor for writing.
+    return layer.read_only and not changes and not layer.file.startswith(DESCRIPTORS)
 
 
 def no_room(demand: Demand, free: int | None) -> Problem | None:
@@ -304,89 +352,3 @@ def undeletable(selection: LayersSelection, files: Sequence[str], facts: Facts) 
         if layer.snapshots and layer.file in files:
             found[layer.file] = f"it holds {layer.snapshots} internal snapshots"
     return found
-
-
-def growth_warnings(target: Layer, facts: Facts, grown: int, *, code: str = "base-grows") -> list[PlanWarning]:
-    """What the caller should know of the growth of a layer."""
-    found: list[PlanWarning] = []
-    if grown:
-        found.append(PlanWarning(code=code, detail=f"{target.file} may grow by up to {grown} bytes"))
-    if facts.free is None and (grown or not facts.written_is_device):
-        detail = f"the service can't see how far {target.file} can grow where it is"
-        found.append(PlanWarning(code="free-unknown", detail=detail))
-    if facts.bytes_to_copy is None:
-        detail = "the images' maps were not read; the sizes are what the layers take on disk"
-        found.append(PlanWarning(code="size-estimated", detail=detail))
-    return found
-
-
-Version = tuple[int, int, int]
-
-MIRROR_LOSES_WRITES: Final[tuple[tuple[Version, Version], ...]] = (((8, 2, 0), (10, 0, 9)), ((10, 1, 0), (10, 2, 0)))
-"""From which version to before which one a mirror may miss what the guest writes in its first instants."""
-
-MIRROR_ADDRESS: Final = "https://bugs.debian.org/1129349"
-
-
-def known_defects(selection: LayersSelection, version: Version) -> list[PlanWarning]:
-    """Defects of that version of QEMU that can lose data in this job."""
-    if not selection.active or not any(first <= version < cured for first, cured in MIRROR_LOSES_WRITES):
-        return []
-    shown = ".".join(str(part) for part in version)
-    detail = (
-        f"QEMU {shown} may miss what the guest writes in the first instants of a merge of the active layer "
-        f"({MIRROR_ADDRESS}), unless its packager has cured it; stop the guest for the start, or update QEMU"
-    )
-    return [PlanWarning(code="qemu-known-defect", detail=detail)]
-
-
-def merge_warnings(
-    selection: LayersSelection, facts: Facts, grown: int, resize: int | None, kept: Mapping[str, str]
-) -> list[PlanWarning]:
-    """What the caller should know of a merge; `grown` and `resize` (the base's new size, or None) are in bytes."""
-    base, layers = selection.base, selection.disk.layers
-    filters = [name for layer in layers[selection.top_index + 1 : selection.base_index + 1] for name in layer.filters]
-    disk_grows = selection.active and base.virtual_size > layers[0].virtual_size
-    found = {
-        "base-resized": resize is not None and f"{base.file} becomes {resize} bytes, also if the job is aborted",
-        "disk-grows": disk_grows and f"after the pivot the guest sees a disk of {base.virtual_size} bytes",
-        "overlays-not-searched": not facts.overlays_searched
-        and "there was no time to look at all files of image_roots for overlays that nobody has told of",
-        "filters-dropped": filters and f"QEMU drops the filters between the layers: {', '.join(filters)}",
-    }
-    warnings = [PlanWarning(code=code, detail=str(detail)) for code, detail in found.items() if detail]
-    for layer in selection.merged:
-        if layer.snapshots:
-            detail = f"{layer.file} has {layer.snapshots} internal snapshots, which are no part of what is merged"
-            warnings.append(PlanWarning(code="internal-snapshots-lost", detail=detail))
-    return (
-        growth_warnings(base, facts, grown)
-        + warnings
-        + _bitmaps_lost(selection.merged, "are no part of what is merged")
-        + known_defects(selection, facts.survey.version)
-        + [PlanWarning(code="not-deletable", detail=f"{file}: {why}") for file, why in kept.items()]
-    )
-
-
-def _bitmaps_lost(layers: Sequence[Layer], what: str) -> list[PlanWarning]:
-    found: list[PlanWarning] = []
-    for layer in layers:
-        bitmaps = dict.fromkeys((*layer.bitmaps, *filter(None, layer.tracking)))
-        if bitmaps:
-            detail = f"the dirty bitmaps of {layer.file} {what}: {', '.join(bitmaps)}"
-            found.append(PlanWarning(code="bitmaps-lost", detail=detail))
-    return found
-
-
-def pull_warnings(selection: LayersSelection, facts: Facts, grown: int) -> list[PlanWarning]:
-    """What the caller should know of a pull; `grown` is in bytes."""
-    overlay = selection.overlay
-    assert overlay is not None
-    beneath = () if selection.below is None else (selection.below,)
-    filters = [name for layer in (*selection.merged, *beneath) for name in layer.filters]
-    dropped = f"QEMU drops the filters between the layers: {', '.join(filters)}"
-    return (
-        growth_warnings(overlay, facts, grown, code="top-grows")
-        + ([PlanWarning(code="filters-dropped", detail=dropped)] if filters else [])
-        + _bitmaps_lost(selection.merged, "are no part of the disk any more")
-    )

@@ -262,8 +262,10 @@ def gathered(job: Job, event: Input, now: int) -> Step:
     if control.judgement is not None:
         # Judged already, and the tidying may have changed the chain since.
         return Step(job)
-    # Another client may have ended it at ready before anybody here has seen that it was.
-    unseen = job.on_ready is OnReady.KEEP and control.intent is Intent.RUN
+    # Another client may have ended it at ready before anybody here has seen that it was, or may have had it pivot.
+    merged = kind_of(job.spec).prove(job.spec, event.evidence) is Proof.MERGED
+    meddled = control.intent is Intent.RUN or (control.intent in ABORTED and merged)
+    unseen = job.on_ready is OnReady.KEEP and meddled
     evidence = replace(
         event.evidence,
         verdict=control.verdict,

@@ -75,6 +75,9 @@ class Node:
     bitmaps: tuple[str, ...] = ()
     version_2: bool = False
     read_only: bool = False
+    encrypted: bool = False
+    packed: bool = False
+    broken_bitmaps: tuple[str, ...] = ()
     tracking: tuple[str, ...] = ()
     """The names of the dirty bitmaps that QEMU keeps on the node now; empty for one that is another node's own."""
 
@@ -107,7 +110,9 @@ def _node(value: object) -> Node:
             member(of, "file", path),
             read_only=optional(of, "ro", boolean) or False,
         )
-        return replace(node, tracking=tuple(optional(of, "dirty-bitmaps", list_of(_tracking)) or ()))
+        bitmaps = optional(of, "dirty-bitmaps", list_of(_tracked)) or ()
+        broken = tuple(called for called, inconsistent in bitmaps if inconsistent)
+        return replace(node, tracking=tuple(called for called, _ in bitmaps), broken_bitmaps=broken)
     except Wrong as wrong:
         if wrong.places and wrong.places[-1].lstrip(".") in IMAGE:
             wrong.places.append(".image")
@@ -133,13 +138,15 @@ def _image(image: Members, node: str, driver: str, file: str, *, read_only: bool
         bitmaps=specific.bitmaps,
         version_2=specific.version_2,
         read_only=read_only,
+        encrypted=optional(image, "encrypted", boolean) or False,
+        packed=specific.packed,
     )
 
 
 IMAGE: Final = frozenset(
     {
         *("virtual-size", "actual-size", "cluster-size", "backing-filename", "backing-filename-format"),
-        *("snapshots", "format-specific", "dirty-flag"),
+        *("snapshots", "format-specific", "dirty-flag", "encrypted"),
     }
 )
 """The members of an image that are used."""
@@ -147,19 +154,23 @@ IMAGE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Specific:
-    """What the format of a node's image says (QAPI `ImageInfoSpecificQCow2`)."""
+    """What the format of a node's image says (QAPI `ImageInfoSpecificQCow2`, `ImageInfoSpecificVmdk`)."""
 
     data_file: str | None = None
     corrupt: bool = False
     bitmaps: tuple[str, ...] = ()
     version_2: bool = False
+    packed: bool = False
 
 
 def _specific(value: object) -> _Specific:
     of = members(value)
-    if optional(of, "type", name) != "qcow2":
+    type_ = optional(of, "type", name)
+    if type_ not in ("qcow2", "vmdk"):
         return _Specific()
     data = member(of, "data", members)
+    if type_ == "vmdk":
+        return _Specific(packed=optional(data, "create-type", text) == "streamOptimized")
     bitmaps = optional(data, "bitmaps", list_of(_bitmap)) or ()
     return _Specific(
         data_file=optional(data, "data-file", path),
@@ -169,8 +180,9 @@ def _specific(value: object) -> _Specific:
     )
 
 
-def _tracking(value: object) -> str:
-    return optional(members(value), "name", text) or ""
+def _tracked(value: object) -> tuple[str, bool]:
+    of = members(value)
+    return optional(of, "name", text) or "", optional(of, "inconsistent", boolean) or False
 
 
 def _bitmap(value: object) -> str:

@@ -206,6 +206,9 @@ def _layer(
         tracking=node.tracking,
         version_2=node.version_2,
         read_only=node.read_only,
+        encrypted=node.encrypted,
+        packed=node.packed,
+        broken_bitmaps=node.broken_bitmaps,
         filters=tuple(filters),
         below=tuple(below),
     )

@@ -85,8 +85,10 @@ class Images(Protocol):
         """
         ...
 
-    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None, *, size: int) -> str | None:
         """Why the topmost layer, over all others, does not show what the last one shows; None if it does.
+
+        What is beyond `size` bytes does not count.
 
         Every byte is read, so it takes its time.
         """

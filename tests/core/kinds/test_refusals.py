@@ -15,7 +15,8 @@ from app.core.evidence import Evidence, GraphReading, HeaderReading, Verdict
 from app.core.headers import HeaderFacts
 from app.core.job import refusal_of
 from app.core.kinds import commit
-from app.core.kinds.commit import CommitFlag, CommitRequest
+from app.core.kinds.commit import CommitFlag, CommitRequest, CommitSelection
+from app.core.kinds.refusals import to_probe
 from app.core.plan import Facts, Guest, Parent, Plan, Survey
 from app.core.states import State
 from tests.core.samples import FILES, GIB, LAYERS, active_job, disk, plan, request, selection
@@ -201,6 +202,46 @@ def test_what_would_show_below_a_base_that_grows(*, version_2: bool, beneath: in
     on = layers(n1={"version_2": version_2, "virtual_size": GIB // 2}, n0={"virtual_size": beneath})
     asked = request(top="vda[1]", base="vda[2]")
     assert code(asked, on) is (None if fits else Code.BASE_CANNOT_GROW)
+
+
+@pytest.mark.parametrize(
+    ("node", "changes", "asked", "expected"),
+    [
+        ("n0", {"replaced": True, "read_only": True}, ACTIVE, Code.IMAGE_READ_ONLY),
+        ("n0", {"replaced": True}, ACTIVE, None),
+        ("n3", {"replaced": True, "read_only": True}, BELOW, Code.OVERLAY_NOT_WRITABLE),
+        ("n0", {"packed": True}, ACTIVE, Code.IMAGE_READ_ONLY),
+        ("n0", {"broken_bitmaps": ("b",)}, ACTIVE, None),
+        ("n0", {"broken_bitmaps": ("b",), "virtual_size": GIB // 2}, ACTIVE, Code.BASE_CANNOT_GROW),
+    ],
+)
+def test_what_can_not_be_written(
+    node: str, changes: dict[str, Any], asked: CommitRequest, expected: Code | None
+) -> None:
+    """A file under another one's name, an image that is written once, and one whose bitmaps forbid it to grow."""
+    on = layers(**{node: changes})
+    assert code(asked, on) is expected
+    if changes.get("replaced"):
+        assert node not in to_probe(selection(asked, on))
+
+
+@pytest.mark.parametrize(
+    ("node", "changes"),
+    [
+        ("n1", {"encrypted": True}),
+        ("n0", {"format": "vmdk"}),
+        ("n2", {"data_file": "/images/data"}),
+        ("n0", {"format": "raw", "name": 'json:{"driver":"raw","offset":512}'}),
+    ],
+)
+def test_what_can_not_be_compared(node: str, changes: dict[str, Any]) -> None:
+    """Who asks for a proof that the service can't give is told before; nobody else is."""
+    asked = request(top="vda[1]", verify=True)
+    refusal = commit.select(layers(**{node: changes}), asked)
+    assert isinstance(refusal, Problem)
+    assert refusal.code is Code.NOT_SUPPORTED
+    assert isinstance(commit.select(layers(**{node: changes}), BELOW), CommitSelection)
+    assert isinstance(commit.select(layers(), asked), CommitSelection)
 
 
 @pytest.mark.parametrize("filters", [(), ("cbw",)])

@@ -98,9 +98,9 @@ class SimImages:
         copied = {cluster for layer in above for cluster in layer}
         return Measure(bytes_to_copy=len(copied) * CLUSTER, new_bytes=len(copied - set(base)) * CLUSTER)
 
-    async def compare(self, layers: Sequence[LayerRecord], process: Process | None) -> str | None:
+    async def compare(self, layers: Sequence[LayerRecord], process: Process | None, *, size: int) -> str | None:
         """The images show the same."""
-        await self._delay(f"compare {len(layers)}")
+        await self._delay(f"compare {len(layers)} {size}")
 
     async def undeletable(self, files: Mapping[str, Identity | None], process: Process | None) -> Mapping[str, str]:
         """Those of the `files` that can't be unlinked."""
