@@ -151,6 +151,43 @@ def test_others_read_a_layer_between(service: Service, boot: Boot, chain: Chain,
     assert_same(read_image(chain.active), chain.view)
 
 
+@pytest.mark.parametrize("how", ["pulled", "overlay", "two overlays"])
+def test_an_export_above_what_is_merged_into(
+    service: Service, boot: Boot, chain: Chain, domain: str, folder: Path, *, how: str
+) -> None:
+    """A backup that reads the base through layers in no chain keeps reading the same: the base is not written to."""
+    qemu = boot(blockdev(chain))
+    node, expected = ("n2", chain.views[2]) if how == "pulled" else ("n0", chain.views[0])
+    for number in range(("pulled", "overlay", "two overlays").index(how)):
+        image = folder / f"over{number}.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "4M"], check=True)
+        file = {"driver": "file", "filename": str(image)}
+        over = f"over{number}"
+        qemu.qmp("blockdev-add", driver="qcow2", node_name=over, file=file, backing=node, read_only=True)
+        node = over
+    socket = folder / "nbd.sock"
+    qemu.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(socket)}})
+    qemu.qmp("block-export-add", type="nbd", id="backup", node_name=node, name="backup")
+    if how == "pulled":
+        job = service.started(domain, verb="pull", base="vda[3]")
+        assert service.wait_for_job(job["id"])["state"] == "completed"
+    for dry_run in ("true", "false"):
+        url = f"/domains/{domain}/disks/vda/commit?dry_run={dry_run}"
+        answer = service.client.post(url, json={"flags": ["active"], "on_ready": "pivot"})
+        assert (answer.status_code, answer.json()["code"]) == (409, "image-shared"), answer.text
+    seen = folder / "seen.raw"
+    read = ["qemu-img", "convert", "-f", "raw", "-O", "raw", f"nbd+unix:///backup?socket={socket}", str(seen)]
+    subprocess.run(read, check=True)
+    assert_same(seen.read_bytes(), expected)
+    qemu.qmp("block-export-del", id="backup")
+    until(lambda: qemu.qmp("query-block-exports") == [])
+    done = service.started(domain, flags=["active"], on_ready="pivot") if how == "pulled" else None
+    if done is not None:
+        # Nobody reads what the pull has left any more.
+        assert service.wait_for_job(done["id"])["state"] == "completed"
+    qemu.quit()
+
+
 def test_snapshots_are_refused_by_qemu_meanwhile(service: Service, boot: Boot, chain: Chain, domain: str) -> None:
     """What a backup tool tries in the middle of a pull hurts nobody."""
     qemu = boot(blockdev(chain))

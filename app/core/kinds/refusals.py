@@ -88,8 +88,10 @@ def _strangers(selection: LayersSelection, facts: Facts, at: int) -> list[Parent
             if parent.kind == "block-job" or (parent.kind == "block-driver" and parent.name in own):
                 continue
             found.append(parent)
-            # A filter reads nothing by itself.
-            if parent.kind == "block-driver" and parent.role != "backing" and parent.name not in seen:
+            # A filter reads nothing by itself, and neither does an overlay that a job has left over; but what is above
+            # it may, as an export of a layer that a pull has taken out of the chain.
+            passes_on = parent.role != "backing" or parent.shares_write
+            if parent.kind == "block-driver" and passes_on and parent.name not in seen:
                 seen.add(parent.name)
                 todo.append(parent.name)
     return found

@@ -196,6 +196,14 @@ def test_a_base_that_has_to_grow(base: dict[str, Any], expected: Code | None, *,
     assert code(ACTIVE, layers(n0=base), written_is_device=device) is None
 
 
+@pytest.mark.parametrize(("above", "expected"), [((), None), ((EXPORT,), Code.IMAGE_SHARED)])
+def test_what_is_above_a_node_that_was_left_over(above: tuple[Any, ...], expected: Code | None) -> None:
+    """Such a node reads nothing itself; an export of it reads the base through it."""
+    left = ("n0", "block-driver", "left", "backing", True)
+    survey = graph(left, *(("left", *parent) for parent in above))
+    assert code(BELOW, survey=survey) is code(ACTIVE, survey=survey) is expected
+
+
 @pytest.mark.parametrize(("version_2", "beneath", "fits"), [(True, GIB, False), (False, GIB, True), (True, 1, True)])
 def test_what_would_show_below_a_base_that_grows(*, version_2: bool, beneath: int, fits: bool) -> None:
     """A qcow2 image of version 2 can't say that it holds zeros where a longer image is below it."""
